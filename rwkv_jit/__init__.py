@@ -1,0 +1,28 @@
+"""rwkv_jit: the RWKV operators for PyTorch, from kernels that are built once and cached.
+
+Importing it touches no GPU, no disk and no compiler, and does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .config import OpConfig as OpConfig
+    from .registry import Op as Op
+    from .registry import get_op as get_op
+    from .registry import list_ops as list_ops
+
+__version__ = "0.1.0"
+__all__ = ["Op", "OpConfig", "get_op", "list_ops"]
+
+_HOMES = {"Op": "registry", "OpConfig": "config", "get_op": "registry", "list_ops": "registry"}
+
+
+def __getattr__(name: str) -> object:
+    """Import the public names when they are first used."""
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{home}", __name__), name)

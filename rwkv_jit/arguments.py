@@ -1,0 +1,154 @@
+"""Argument checks: do these tensors fit the operator, as its spec has them?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from .arch import display_arch
+from .config import OpConfig, default_state_dtype
+from .errors import ArgumentError
+from .launch import TORCH_DTYPES, on_device_of
+from .spec import EntrySpec, OpSpec, TensorSpec
+
+Tensors = Mapping[str, torch.Tensor | None]
+
+
+def allowed_dtypes(
+    tensor: TensorSpec, config: OpConfig, tensors: Tensors
+) -> tuple[torch.dtype, ...]:
+    """The dtypes that `tensor` may have; for an output the first is the one it gets."""
+    return tuple(_dtype(rule, config, tensors) for rule in tensor.dtype)
+
+
+def _dtype(rule: str, config: OpConfig, tensors: Tensors) -> torch.dtype:
+    if rule == "op":
+        return TORCH_DTYPES[config.dtype]
+    if rule == "state":
+        return TORCH_DTYPES[config.state_dtype]
+    if rule == "accumulator":
+        return TORCH_DTYPES[default_state_dtype(config.dtype)]
+    if rule.startswith("like:"):
+        like = tensors[rule.removeprefix("like:")]
+        assert like is not None, "a required input"
+        return like.dtype
+    return TORCH_DTYPES[rule]
+
+
+def entry_sizes(entry: EntrySpec, config: OpConfig, tensors: Tensors) -> dict[str, int]:
+    """B, T, H, N, S and C of a call, from its first tensor and cu_seqlens."""
+    first = tensors[entry.inputs[0].name]
+    assert first is not None, "a required input"
+    batch, length, heads, size = first.shape
+    bounds = tensors.get("cu_seqlens")
+    sequences = batch if bounds is None else bounds.shape[0] - 1
+    return {
+        "B": batch,
+        "T": length,
+        "H": heads,
+        "N": size,
+        "S": sequences,
+        "C": batch * length // config.chunk_length + sequences,
+    }
+
+
+def check_arguments(spec: OpSpec, config: OpConfig, tensors: Tensors) -> None:
+    """Raise ArgumentError unless `tensors`, by name, fit the forward entry of `spec`."""
+    entry = spec.entries["forward"]
+    known: dict[str, tuple[int, str]] = {"N": (config.head_size, "the operator")}
+    first = entry.inputs[0].name
+    device = None
+    for tensor_spec in entry.inputs:
+        name, tensor = tensor_spec.name, tensors[tensor_spec.name]
+        if tensor is None:
+            if not tensor_spec.optional:
+                raise ArgumentError(
+                    f"{spec.name}: {name} is None, but only optional tensors may be"
+                )
+            continue
+        if not isinstance(tensor, torch.Tensor):
+            raise ArgumentError(f"{spec.name}: {name} is a {type(tensor).__name__}, not a tensor")
+        if device is None:
+            device = tensor.device
+            if not on_device_of(config, tensor):
+                raise ArgumentError(
+                    f"{spec.name}: {name} is on {device}, but the operator was made for "
+                    f"{display_arch(config.arch)}; get one with device={device.type!r}"
+                )
+        elif tensor.device != device:
+            raise ArgumentError(
+                f"{spec.name}: {name} is on {tensor.device}, but {first} is on {device}; "
+                "move them to one device"
+            )
+        _check_dtype(spec, config, tensor_spec, tensor, tensors)
+        if name == "cu_seqlens":
+            _check_bounds(spec, tensor, tensors[first])
+            known["S"] = (tensor.shape[0] - 1, name)
+            continue
+        _check_shape(spec, tensor_spec, tensor, known)
+        if "S" not in known and "B" in known and tensors.get("cu_seqlens") is None:
+            known["S"] = known["B"]
+
+
+def _check_dtype(
+    spec: OpSpec, config: OpConfig, tensor_spec: TensorSpec, tensor: torch.Tensor, tensors: Tensors
+) -> None:
+    allowed = allowed_dtypes(tensor_spec, config, tensors)
+    if tensor.dtype in allowed:
+        return
+    choices = " or ".join(dict.fromkeys(_short(dtype) for dtype in allowed))
+    raise ArgumentError(
+        f"{spec.name}: {tensor_spec.name} is {_short(tensor.dtype)}, but must be {choices}; "
+        "convert it, or get an operator of that dtype"
+    )
+
+
+def _check_shape(
+    spec: OpSpec, tensor_spec: TensorSpec, tensor: torch.Tensor, known: dict[str, tuple[int, str]]
+) -> None:
+    name, letters = tensor_spec.name, tensor_spec.shape
+    shown = f"[{', '.join(letters)}]"
+    if tensor.dim() != len(letters):
+        raise ArgumentError(
+            f"{spec.name}: {name} has shape {list(tensor.shape)}, but must be {shown}"
+        )
+    for letter, size in zip(letters, tensor.shape, strict=True):
+        if letter not in known:
+            known[letter] = (size, name)
+            continue
+        value, owner = known[letter]
+        if size != value:
+            raise ArgumentError(
+                f"{spec.name}: {name} has {letter}={size} in {shown}, but {owner} has "
+                f"{'head_size' if owner == 'the operator' else letter}={value}"
+            )
+
+
+def _check_bounds(spec: OpSpec, bounds: torch.Tensor, first: torch.Tensor | None) -> None:
+    assert first is not None, "a required input"
+    if bounds.dim() != 1 or bounds.shape[0] < 1:
+        raise ArgumentError(
+            f"{spec.name}: cu_seqlens has shape {list(bounds.shape)}, but must be [S + 1]"
+        )
+    if first.shape[0] != 1:
+        raise ArgumentError(
+            f"{spec.name}: cu_seqlens packs sequences into B=1, but the batch has "
+            f"B={first.shape[0]}; reshape the tensors to [1, B * T, H, N]"
+        )
+    # On a GPU the values are not looked at, which would wait for the device; kernels clamp them.
+    if bounds.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    values = bounds.tolist()
+    if values[0] != 0 or values[-1] != first.shape[1] or values != sorted(values):
+        raise ArgumentError(
+            f"{spec.name}: cu_seqlens={_shorten(values)} must rise from 0 to T={first.shape[1]}"
+        )
+
+
+def _shorten(values: list[int]) -> str:
+    return str(values) if len(values) <= 8 else f"[{values[0]}, {values[1]}, ..., {values[-1]}]"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

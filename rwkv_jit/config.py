@@ -1,0 +1,103 @@
+"""OpConfig: which kernel is wanted. Frozen, hashable, and the only carrier of knobs."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from .arch import parse_arch
+from .errors import ConfigError
+
+DTYPES = ("bf16", "fp16", "fp32", "fp64")
+DECAYS = ("loglog", "logit", "log")
+STATE_LAYOUTS = ("vk", "kv")
+ENTRIES = ("forward", "backward")
+MAX_HEAD_SIZE = 256
+DEFAULT_CHUNK_LENGTH = 16
+
+_SLUG = re.compile(
+    r"(?P<op>[a-z][a-z0-9]*(?:_decode)?)_n(?P<head_size>\d+)_(?P<dtype>bf16|fp16|fp32|fp64)"
+    r"_l(?P<chunk_length>\d+)_(?P<arch>sm\d+[af]?|x86_64_v\d|aarch64)"
+    r"(?:_(?P<decay>logit|log))?(?:_s(?P<state_dtype>bf16|fp16|fp32|fp64))?(?P<layout>_kv)?"
+)
+
+
+def default_state_dtype(dtype: str) -> str:
+    """float32, or float64 where the operator itself computes in float64."""
+    return "fp64" if dtype == "fp64" else "fp32"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpConfig:
+    """One exact configuration of one operator.
+
+    op: name of the operator, e.g. "wkv7".
+    head_size: N.
+    dtype: of r, k, v, a, b and y, one of DTYPES.
+    chunk_length: L, tokens between two state checkpoints.
+    arch: in slug form, e.g. "sm90a" or "x86_64_v3".
+    decay: what w means, one of DECAYS.
+    state_dtype: of initial_state and final_state.
+    state_layout: order of the state's last two axes, "vk" (value, key) or "kv".
+
+    Raises ConfigError for values outside these sets. Which combinations an operator has kernels
+    for is its spec's to say.
+    """
+
+    op: str
+    head_size: int
+    dtype: str
+    chunk_length: int
+    arch: str
+    decay: str = "loglog"
+    state_dtype: str = "fp32"
+    state_layout: str = "vk"
+
+    def __post_init__(self) -> None:
+        _choose(self.op, "dtype", self.dtype, DTYPES)
+        _choose(self.op, "decay", self.decay, DECAYS)
+        _choose(self.op, "state_dtype", self.state_dtype, DTYPES)
+        _choose(self.op, "state_layout", self.state_layout, STATE_LAYOUTS)
+        for name, value in (("head_size", self.head_size), ("chunk_length", self.chunk_length)):
+            if type(value) is not int or not 1 <= value <= MAX_HEAD_SIZE:
+                raise ConfigError(
+                    f"{self.op}: {name}={value!r} must be a whole number from 1 to {MAX_HEAD_SIZE}"
+                )
+        if parse_arch(self.arch) != self.arch:
+            raise ConfigError(f"{self.op}: arch={self.arch!r} must be in slug form, e.g. sm90a")
+
+    @property
+    def slug(self) -> str:
+        """The configuration as a C identifier, e.g. `wkv7_n64_bf16_l16_sm90a`; what differs from
+        the default decay, state dtype and state layout follows the architecture."""
+        parts = [
+            f"{self.op}_n{self.head_size}_{self.dtype}_l{self.chunk_length}_{self.arch}",
+            "" if self.decay == "loglog" else f"_{self.decay}",
+            "" if self.state_dtype == default_state_dtype(self.dtype) else f"_s{self.state_dtype}",
+            "" if self.state_layout == "vk" else f"_{self.state_layout}",
+        ]
+        return "".join(parts)
+
+    @classmethod
+    def parse(cls, slug: str) -> OpConfig:
+        """The configuration that `slug` names. Raises ConfigError if it names none."""
+        match = _SLUG.fullmatch(slug)
+        if match is None:
+            raise ConfigError(
+                f"{slug!r} is not a configuration; write one as wkv7_n64_bf16_l16_sm90a"
+            )
+        return cls(
+            op=match["op"],
+            head_size=int(match["head_size"]),
+            dtype=match["dtype"],
+            chunk_length=int(match["chunk_length"]),
+            arch=match["arch"],
+            decay=match["decay"] or "loglog",
+            state_dtype=match["state_dtype"] or default_state_dtype(match["dtype"]),
+            state_layout="kv" if match["layout"] else "vk",
+        )
+
+
+def _choose(op: str, name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{op}: {name}={value!r} is not known; choose from {', '.join(choices)}")

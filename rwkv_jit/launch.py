@@ -1,0 +1,139 @@
+"""Launching: open a built library, check what it says it is, and call it with tensors."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .arch import cuda_arch_of_capability, display_arch, is_cuda
+from .config import OpConfig
+from .errors import ArgumentError, KernelLaunchError, KernelLoadError
+from .render import BlockField, argument_block
+from .spec import LAUNCHER_ABI, OpSpec
+
+TORCH_DTYPES: Mapping[str, torch.dtype] = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+    "int32": torch.int32,
+    "int64": torch.int64,
+}
+# What *_dtype members of the argument block hold: rwkv_jit::DtypeCode in the templates.
+_DTYPE_CODES = {dtype: code for code, dtype in enumerate(TORCH_DTYPES.values())}
+_CTYPES = {"pointer": ctypes.c_void_p, "int64": ctypes.c_int64, "int32": ctypes.c_int32}
+# Vector loads need this; a view that begins elsewhere is copied.
+_ALIGNMENT = 16
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The short name of a torch dtype, e.g. "bf16". Raises ArgumentError for one without."""
+    for name, candidate in TORCH_DTYPES.items():
+        if candidate == dtype:
+            return name
+    raise ArgumentError(
+        f"dtype={dtype} is not supported; choose from bfloat16, float16, float32, float64"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """A loaded kernel of one configuration and entry.
+
+    identity: what the library says it is.
+    """
+
+    identity: str
+    config: OpConfig
+    library: ctypes.CDLL
+    block: type[ctypes.Structure]
+    fields: tuple[BlockField, ...]
+
+    def launch(self, tensors: Mapping[str, torch.Tensor | None], sizes: Mapping[str, int]) -> None:
+        """Run on the current stream of the tensors' device. Sizes are S, T, H and C. Allocates
+        nothing and does not synchronise. Raises KernelLaunchError with the device's own words."""
+        device = next(t.device for t in tensors.values() if t is not None)
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                self._launch(tensors, sizes, device)
+        else:
+            self._launch(tensors, sizes, device)
+
+    def _launch(
+        self,
+        tensors: Mapping[str, torch.Tensor | None],
+        sizes: Mapping[str, int],
+        device: torch.device,
+    ) -> None:
+        values: list[int | None] = []
+        for field in self.fields:
+            if field.kind == "int32":
+                tensor = tensors[field.name.removesuffix("_dtype")]
+                values.append(0 if tensor is None else _DTYPE_CODES[tensor.dtype])
+            elif field.name in sizes:
+                values.append(sizes[field.name])
+            elif field.name == "stream":
+                on_gpu = device.type == "cuda"
+                values.append(torch.cuda.current_stream(device).cuda_stream if on_gpu else None)
+            elif field.name == "threads":
+                values.append(torch.get_num_threads())
+            else:
+                tensor = tensors[field.name]
+                values.append(None if tensor is None else tensor.data_ptr())
+        code = self.library.rwkv_jit_launch(ctypes.byref(self.block(*values)))
+        if code != 0:
+            raise KernelLaunchError(self._failure(code, device))
+
+    def _failure(self, code: int, device: torch.device) -> str:
+        message = f"{self.identity}: launch failed: {self.library.rwkv_jit_error(code).decode()}"
+        if device.type == "cuda":
+            here = cuda_arch_of_capability(*torch.cuda.get_device_capability(device))
+            if here != self.config.arch:
+                message += (
+                    f"; the kernel is for {display_arch(self.config.arch)} but {device} is "
+                    f"{display_arch(here)}: get the operator with device={str(device)!r}"
+                )
+        return message
+
+
+def load_kernel(spec: OpSpec, config: OpConfig, entry: str, library: Path) -> Kernel:
+    """Open `library`. Raises KernelLoadError unless it is that entry of that configuration."""
+    identity = f"{config.slug}.{entry}"
+    fields = argument_block(spec.entries[entry], spec.variant(config, entry))
+    try:
+        loaded = ctypes.CDLL(os.fspath(library), mode=os.RTLD_NOW | os.RTLD_LOCAL)
+    except OSError as error:
+        raise KernelLoadError(f"{identity}: {library} cannot be loaded: {error}") from error
+    loaded.rwkv_jit_identity.restype = ctypes.c_char_p
+    loaded.rwkv_jit_error.restype = ctypes.c_char_p
+    loaded.rwkv_jit_error.argtypes = [ctypes.c_int]
+    said, abi = loaded.rwkv_jit_identity().decode(), loaded.rwkv_jit_abi()
+    if (said, abi) != (identity, LAUNCHER_ABI):
+        raise KernelLoadError(
+            f"{identity}: {library} says it is {said} with launcher ABI {abi}, "
+            f"but {identity} with ABI {LAUNCHER_ABI} was expected"
+        )
+    block = type(
+        "Arguments",
+        (ctypes.Structure,),
+        {"_fields_": [(field.name, _CTYPES[field.kind]) for field in fields]},
+    )
+    return Kernel(identity, config, loaded, block, fields)
+
+
+def launchable(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """`tensor`, or a copy of it where it is not contiguous or not aligned for vector loads."""
+    if tensor is None:
+        return None
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
+
+
+def on_device_of(config: OpConfig, tensor: torch.Tensor) -> bool:
+    """Whether `tensor` lies on the kind of device that `config` is for."""
+    return tensor.device.type == ("cuda" if is_cuda(config.arch) else "cpu")

@@ -1,0 +1,17 @@
+"""The operators' specs, by name."""
+
+from __future__ import annotations
+
+from ..errors import ConfigError
+from ..spec import OpSpec
+from .wkv7 import WKV7
+
+SPECS: dict[str, OpSpec] = {spec.name: spec for spec in (WKV7,)}
+
+
+def get_spec(name: str) -> OpSpec:
+    """The spec called `name`. Raises ConfigError with the names that exist."""
+    spec = SPECS.get(name)
+    if spec is None:
+        raise ConfigError(f"operator {name!r} does not exist; choose from {', '.join(SPECS)}")
+    return spec

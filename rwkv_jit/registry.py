@@ -1,0 +1,272 @@
+"""The composition root: get_op returns the operator of one configuration."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+import torch
+
+from .arch import cuda_arch_of_capability, host_cpu_arch, is_cuda, parse_arch
+from .arguments import check_arguments
+from .autograd import torch_ops
+from .config import DEFAULT_CHUNK_LENGTH, ENTRIES, OpConfig, default_state_dtype
+from .errors import ArgumentError, ConfigError
+from .launch import TORCH_DTYPES, dtype_name
+from .loader import KERNELS
+from .ops import SPECS, get_spec
+from .reference import REFERENCES
+from .settings import current_settings
+
+BUILD_POLICIES = ("auto", "never", "always")
+_LOG = logging.getLogger("rwkv_jit")
+
+
+class Op:
+    """An operator of one configuration. Call it with tensors; get one from `get_op`.
+
+    config: the configuration.
+    """
+
+    def __init__(self, config: OpConfig) -> None:
+        self.config = config
+        self._spec = get_spec(config.op)
+        self._slug = config.slug
+        self._ops = torch_ops(config.op)
+        self._device_type = "cuda" if is_cuda(config.arch) else "cpu"
+        forward = self._spec.entries["forward"]
+        self._inputs = tuple(tensor.name for tensor in forward.inputs)
+        self._optional = forward.optional_outputs
+        self._public = tuple(
+            tensor.name for tensor in forward.outputs if tensor.name not in self._spec.saved_outputs
+        )
+        self._flags = tuple(name for name in self._optional if name in self._public)
+
+    def __repr__(self) -> str:
+        return f"<rwkv_jit.Op {self._slug}>"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Run the operator. For wkv7:
+
+            y, final_state = op(r, w, k, v, a, b, initial_state=None, output_final_state=False,
+                                cu_seqlens=None)
+
+        r, k, v, a, b: [B, T, H, N] in the operator's dtype; any strides.
+        w: [B, T, H, N], same dtype as r or float32. Decay; what it means is `config.decay`.
+        initial_state: [B or S, H, N, N] in the state dtype, axes (value, key) for "vk". Zeros if
+            None.
+        output_final_state: whether to return the state after the last token.
+        cu_seqlens: [S + 1], int32 or int64, on the tensors' device: sequences packed into B = 1,
+            the s-th being tokens cu_seqlens[s] to cu_seqlens[s + 1]; empty ones are fine. On a GPU
+            the values are not checked, which would wait for the device: tokens of no sequence
+            leave y undefined.
+
+        Returns y [B, T, H, N] in the operator's dtype and final_state [B or S, H, N, N], or None.
+        All floating inputs get gradients; there are no second derivatives. Under autocast the
+        inputs are converted to the operator's dtype, but for a w or a state of float32.
+
+        Raises ArgumentError for tensors that do not fit, and what building or loading a kernel
+        raises at the first call. The formula is in docs/adding_an_operator.md and `op.info()`.
+        """
+        values = self._bind(args, kwargs)
+        if torch.is_autocast_enabled(self._device_type):
+            self._cast(values)
+        check_arguments(self._spec, self.config, values)
+        if current_settings().mode == "reference":
+            return self._reference(values)
+        tensors = [values[name] for name in self._inputs]
+        wanted = {name: bool(values[f"output_{name}"]) for name in self._flags}
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+            flags = tuple(wanted[name] for name in self._flags)
+            outputs = self._ops.differentiable(self._slug, flags, *tensors)
+        else:
+            flags = tuple(wanted.get(name, False) for name in self._optional)
+            outputs = self._ops.forward(*tensors, self._slug, *flags)
+        y, final_state = outputs[0], outputs[1]
+        return y, final_state if wanted["final_state"] else None
+
+    def load(self, *, backward: bool = True) -> None:
+        """Find or build the kernels now, rather than at the first call."""
+        for entry in ENTRIES if backward else ("forward",):
+            KERNELS.get(self._slug, entry)
+
+    def info(self) -> dict[str, Any]:
+        """What this operator is, and for each kernel that is loaded where its binary lies, what
+        the compiler said of it (registers, spills, shared memory) and how long it took to build."""
+        kernels: dict[str, Any] = {}
+        for entry in ENTRIES:
+            loaded = KERNELS.peek(self._slug, entry)
+            if loaded is not None:
+                manifest = loaded.origin.manifest
+                kernels[entry] = {
+                    "library": str(loaded.origin.library),
+                    "digest": manifest.digest,
+                    "built": manifest.created,
+                    "build_seconds": manifest.build_seconds,
+                    "resources": manifest.resources,
+                }
+        return {
+            "slug": self._slug,
+            "summary": self._spec.summary,
+            "formula": self._spec.formula,
+            "mode": current_settings().mode,
+            "kernels": kernels,
+        }
+
+    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        parameters = self._spec.parameters
+        if len(args) > len(parameters):
+            raise ArgumentError(
+                f"{self._spec.name}: takes {len(parameters)} arguments ({', '.join(parameters)}), "
+                f"but {len(args)} were given"
+            )
+        values = dict(zip(parameters, args, strict=False))
+        for name, value in kwargs.items():
+            if name not in parameters or name in values:
+                problem = "is given twice" if name in values else "is not an argument"
+                raise ArgumentError(
+                    f"{self._spec.name}: {name} {problem}; it takes {', '.join(parameters)}"
+                )
+            values[name] = value
+        for name in parameters:
+            values.setdefault(name, False if name.startswith("output_") else None)
+        return values
+
+    def _cast(self, values: dict[str, Any]) -> None:
+        dtype = TORCH_DTYPES[self.config.dtype]
+        for tensor in self._spec.entries["forward"].inputs:
+            value = values[tensor.name]
+            if "op" not in tensor.dtype or not isinstance(value, torch.Tensor):
+                continue
+            if value.is_floating_point() and not (
+                value.dtype == torch.float32 and "fp32" in tensor.dtype
+            ):
+                values[tensor.name] = value.to(dtype)
+
+    def _reference(self, values: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        _announce_reference(self._spec.name)
+        y, final_state = REFERENCES[self._spec.name](
+            *(values[name] for name in self._spec.parameters),
+            decay=self.config.decay,
+            state_layout=self.config.state_layout,
+            compute_dtype=TORCH_DTYPES[default_state_dtype(self.config.dtype)],
+        )
+        if final_state is not None:
+            final_state = final_state.to(TORCH_DTYPES[self.config.state_dtype])
+        return y.to(TORCH_DTYPES[self.config.dtype]), final_state
+
+
+def get_op(
+    name: str = "wkv7",
+    *,
+    head_size: int,
+    dtype: torch.dtype,
+    chunk_length: int | None = None,
+    device: torch.device | str | int | None = None,
+    arch: str | None = None,
+    decay: str = "loglog",
+    state_dtype: torch.dtype | None = None,
+    state_layout: str = "vk",
+    build: str = "auto",
+) -> Op:
+    """The operator of one configuration. The same configuration is the same object.
+
+    name: one of `list_ops()`.
+    head_size: N. On a CPU a multiple of 8 up to 256; on a GPU 16, 32, 64, 128 or 256.
+    dtype: of r, k, v, a, b and y: bfloat16, float16 or float32, on a CPU float64 too.
+    chunk_length: L, tokens between the states that are kept for the backward; 16 if None.
+    device: where it will run. None is the GPU if there is one, else the CPU.
+    arch: what to compile for, e.g. "9.0a"; None is the device's own.
+    decay: what w means: "loglog" d = exp(-exp(w)), "logit" d = exp(-exp(-1/2) sigmoid(w)),
+        "log" d = exp(w).
+    state_dtype: of the states passed in and out; None is float32 (float64 for float64).
+    state_layout: order of a state's last axes: "vk" (value, key) or "kv".
+    build: on a cache miss at the first call: "auto" builds, "never" is an error, "always" builds
+        even on a hit.
+
+    Nothing is built here; `op.load()` or the first call does. Raises ConfigError for what no
+    kernel serves, with the choices.
+    """
+    return _get_op(
+        name, head_size, dtype, chunk_length, device, arch, decay, state_dtype, state_layout, build,
+        _current_gpu(),
+    )  # fmt: skip
+
+
+def list_ops() -> tuple[str, ...]:
+    """Names of the operators."""
+    return tuple(SPECS)
+
+
+@functools.cache
+def _get_op(
+    name: str,
+    head_size: int,
+    dtype: torch.dtype,
+    chunk_length: int | None,
+    device: torch.device | str | int | None,
+    arch: str | None,
+    decay: str,
+    state_dtype: torch.dtype | None,
+    state_layout: str,
+    build: str,
+    current_gpu: int | None,
+) -> Op:
+    if build not in BUILD_POLICIES:
+        raise ConfigError(
+            f"{name}: build={build!r} is not known; choose from {', '.join(BUILD_POLICIES)}"
+        )
+    spec = get_spec(name)
+    short = dtype_name(dtype)
+    config = OpConfig(
+        op=name,
+        head_size=head_size,
+        dtype=short,
+        chunk_length=DEFAULT_CHUNK_LENGTH if chunk_length is None else chunk_length,
+        arch=_device_arch(device, current_gpu) if arch is None else parse_arch(arch),
+        decay=decay,
+        state_dtype=default_state_dtype(short) if state_dtype is None else dtype_name(state_dtype),
+        state_layout=state_layout,
+    )
+    spec.check(config)
+    if build != "auto":
+        KERNELS.set_policy(config.slug, build)
+    return _op(config)
+
+
+@functools.cache
+def _op(config: OpConfig) -> Op:
+    return Op(config)
+
+
+@functools.cache
+def _has_gpu() -> bool:
+    return torch.cuda.is_available()
+
+
+def _current_gpu() -> int | None:
+    return torch.cuda.current_device() if _has_gpu() else None
+
+
+def _device_arch(device: torch.device | str | int | None, current_gpu: int | None) -> str:
+    if device is None:
+        device = "cpu" if current_gpu is None else torch.device("cuda", current_gpu)
+    elif isinstance(device, int):
+        device = torch.device("cuda", device)
+    device = torch.device(device)
+    if device.type == "cpu":
+        return host_cpu_arch()
+    if device.type != "cuda":
+        raise ConfigError(f"device={str(device)!r} is not supported; choose from cpu, cuda")
+    if not _has_gpu():
+        raise ConfigError(
+            f"device={str(device)!r} was asked for, but torch finds no GPU; "
+            "pass arch= to build for a GPU that is elsewhere"
+        )
+    return cuda_arch_of_capability(*torch.cuda.get_device_capability(device))
+
+
+@functools.cache
+def _announce_reference(name: str) -> None:
+    _LOG.warning("%s: RWKV_JIT_MODE=reference: running the PyTorch recurrence, not a kernel", name)

@@ -1,0 +1,142 @@
+"""OpSpec: what an operator is, as data. Four readers share its tensor lists: the argument checks,
+the allocation of outputs, the launcher's argument block and the documentation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from .arch import arch_number, is_cuda
+from .config import OpConfig
+from .errors import ConfigError
+
+# Bumped whenever the launcher's argument block or its exported functions change meaning.
+LAUNCHER_ABI = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSpec:
+    """One tensor of an entry.
+
+    shape: letters: B batch, S sequences, T tokens, H heads, N head size, L chunk length and
+        C state checkpoints, which are B * T // L + S.
+    dtype: the dtypes that it may have: "op" (the operator's), "state", "accumulator" (float32, or
+        float64 for a float64 operator), "like:<tensor>", or a dtype's name. Where there are
+        several, the argument block says at run time which one it is.
+    optional: an input that may be None, or an output that is made only when asked for.
+    """
+
+    name: str
+    shape: tuple[str, ...]
+    dtype: tuple[str, ...]
+    meaning: str
+    optional: bool = False
+
+    @property
+    def has_dtype_field(self) -> bool:
+        """Whether the launcher must be told the dtype at run time."""
+        return len(self.dtype) > 1 or self.dtype[0].startswith("like:")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EntrySpec:
+    """The tensors of one entry point, in the order of the argument block."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    @property
+    def optional_outputs(self) -> tuple[str, ...]:
+        """Names of the outputs that are made only when asked for."""
+        return tuple(tensor.name for tensor in self.outputs if tensor.optional)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelVariant:
+    """One template and the configurations that it serves. The first variant of a spec that serves
+    a configuration is the one used, so faster variants stand first.
+
+    min_arch: smallest compute capability (major * 10 + minor), or 0 for a CPU template.
+    constants: further values of the template's prelude, by name, worked out from the configuration.
+    scratch: tensors that the launcher needs and nobody sees.
+    """
+
+    entry: str
+    template: str
+    min_arch: int
+    head_sizes: tuple[int, ...]
+    dtypes: tuple[str, ...]
+    chunk_lengths: tuple[int, ...]
+    constants: Callable[[OpConfig], Mapping[str, int]]
+    scratch: tuple[TensorSpec, ...] = ()
+
+    def runs_on(self, arch: str) -> bool:
+        """Whether this variant's template compiles for `arch`."""
+        if is_cuda(arch) != (self.min_arch > 0):
+            return False
+        return arch_number(arch) >= self.min_arch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpSpec:
+    """An operator: its tensors, its kernels, and the source of its formula.
+
+    In `entries["backward"]` a tensor named like one of the forward entry is that tensor, saved;
+    `d<name>` is the gradient of `<name>`. In the forward entry `saved_outputs` are the outputs that
+    exist for the backward alone. `parameters` is the public call: inputs by name, and
+    `output_<name>` for each output that is made only when asked for.
+    """
+
+    name: str
+    summary: str
+    formula: str
+    parameters: tuple[str, ...]
+    entries: Mapping[str, EntrySpec]
+    saved_outputs: tuple[str, ...]
+    decays: tuple[str, ...]
+    variants: tuple[KernelVariant, ...] = field(repr=False)
+
+    def variant(self, config: OpConfig, entry: str) -> KernelVariant:
+        """The kernel that serves `config`. Raises ConfigError with what could be chosen instead."""
+        here = [v for v in self.variants if v.entry == entry and v.runs_on(config.arch)]
+        for variant in here:
+            if (
+                config.head_size in variant.head_sizes
+                and config.dtype in variant.dtypes
+                and config.chunk_length in variant.chunk_lengths
+            ):
+                return variant
+        raise ConfigError(self._refusal(config, here))
+
+    def check(self, config: OpConfig) -> None:
+        """Raise ConfigError unless every entry of the operator has a kernel for `config`."""
+        if config.decay not in self.decays:
+            raise ConfigError(
+                f"{self.name}: decay={config.decay!r} is not supported; "
+                f"choose from {', '.join(self.decays)}"
+            )
+        if (config.dtype == "fp64") != (config.state_dtype == "fp64"):
+            raise ConfigError(
+                f"{self.name}: state_dtype={config.state_dtype!r} does not go with "
+                f"dtype={config.dtype!r}; float64 operators keep float64 states, others do not"
+            )
+        for entry in self.entries:
+            self.variant(config, entry)
+
+    def _refusal(self, config: OpConfig, here: list[KernelVariant]) -> str:
+        shown = f"sm_{config.arch[2:]}" if is_cuda(config.arch) else config.arch
+        if not here:
+            return f"{self.name} has no kernel for {shown}"
+        for name, rows in (
+            ("head_size", [v.head_sizes for v in here]),
+            ("dtype", [v.dtypes for v in here]),
+            ("chunk_length", [v.chunk_lengths for v in here]),
+        ):
+            value = getattr(config, name)
+            choices = sorted({choice for row in rows for choice in row})
+            if value not in choices:
+                return (
+                    f"{self.name}: {name}={value} is not supported on {shown}; "
+                    f"choose from {', '.join(map(str, choices))}"
+                )
+        return f"{self.name} has no kernel for {config.slug}"

@@ -1,0 +1,17 @@
+namespace {
+
+using Element = rwkv_jit::{{ dtype }};
+using StateElement = rwkv_jit::{{ state_dtype }};
+constexpr auto DECAY = static_cast<rwkv_jit::DecayKind>({{ decay }});
+constexpr int VECTOR_BYTES = {{ vector_bytes }};
+
+using Real = rwkv_jit::RealOf<Element>::type;
+using Vector = rwkv_jit::VectorOf<Real, VECTOR_BYTES>::type;
+constexpr int WIDTH = VECTOR_BYTES / sizeof(Real);
+static_assert(N % WIDTH == 0, "a row is a whole number of vectors");
+
+// Rows of the state that are advanced together: as many as leave every vector in a register.
+constexpr int BLOCK_VECTORS = VECTOR_BYTES == 64 ? 4 : 2;
+constexpr int BLOCK_ROWS = BLOCK_VECTORS * WIDTH;
+
+}  // namespace

@@ -1,0 +1,50 @@
+#pragma once
+// Independent items over threads. Which thread takes an item changes nothing in its result.
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+// OpenMP's entry point, found at load time where the process has a runtime, as with torch it has.
+// Its threads spin for a while after torch's own loops; a second pool would fight them for cores.
+extern "C" void GOMP_parallel(void (*function)(void*), void* data, unsigned threads,
+                              unsigned flags) __attribute__((weak));
+
+namespace rwkv_jit {
+
+// How many threads `items` pieces of `work` multiply-adds each are worth.
+inline int64_t useful_threads(int64_t threads, int64_t items, double work) {
+  const double thread_start = 1e5;  // in multiply-adds
+  const double worth = static_cast<double>(items) * work / thread_start;
+  return std::max<int64_t>(1, std::min({threads, items, static_cast<int64_t>(std::min(worth, 1e6))}));
+}
+
+// Calls run(item, worker) for every item; worker is below `workers`. Where the system refuses a
+// thread, those that it granted do the work.
+template <typename Run>
+void parallel_for(int64_t items, int64_t workers, const Run& run) {
+  std::atomic<int64_t> next_item{0}, next_worker{0};
+  auto work = [&] {
+    const int64_t worker = next_worker.fetch_add(1);
+    for (int64_t item; (item = next_item.fetch_add(1)) < items;) run(item, worker);
+  };
+  if (workers <= 1) {
+    work();
+  } else if (GOMP_parallel != nullptr) {
+    const auto call = [](void* data) { (*static_cast<decltype(work)*>(data))(); };
+    GOMP_parallel(call, &work, static_cast<unsigned>(workers), 0);
+  } else {
+    std::vector<std::thread> threads;
+    threads.reserve(workers);
+    try {
+      for (int64_t worker = 1; worker < workers; ++worker) threads.emplace_back(work);
+    } catch (const std::system_error&) {
+    }
+    work();
+    for (std::thread& thread : threads) thread.join();
+  }
+}
+
+}  // namespace rwkv_jit

@@ -1,0 +1,34 @@
+#pragma once
+// The gate: what w means, and its slope.
+#include <cstdint>
+
+#include "rwkv_jit/layout.h"
+
+namespace rwkv_jit {
+
+// A token's decay factor d for one key channel, as keep + change with keep 0 or 1: the state is
+// advanced as keep * S + (change * S + ...), which loses no digits of d near 1 or of the rest where
+// d is near 0. slope is dd/dw.
+struct Decay {
+  float keep, change, slope;
+};
+
+template <DecayKind KIND>
+__device__ __forceinline__ Decay decay_of(float w) {
+  float log_d = w, log_slope = 1.0f;  // log_slope is dlog d / dw
+  if constexpr (KIND == LOGLOG) {
+    log_d = -expf(w);
+  } else if constexpr (KIND == LOGIT) {
+    const float gate = 1.0f / (1.0f + expf(-w));
+    log_d = -0.60653065971263342f * gate;  // -exp(-1/2)
+    log_slope = log_d * (1.0f - gate);
+  }
+  // Past this d is 0; finite, so that 0 * log d is 0.
+  log_d = log_d < -1e4f ? -1e4f : log_d;
+  if constexpr (KIND == LOGLOG) log_slope = log_d;
+  const float d = expf(log_d), less_one = expm1f(log_d);
+  const bool near_one = !(less_one < -0.5f);
+  return {near_one ? 1.0f : 0.0f, near_one ? less_one : d, d * log_slope};
+}
+
+}  // namespace rwkv_jit

@@ -1,0 +1,29 @@
+#pragma once
+// Storage types; everything is computed in float.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+namespace rwkv_jit {
+
+using bf16 = __nv_bfloat16;
+using fp16 = __half;
+using fp32 = float;
+
+__device__ __forceinline__ float load(float value) { return value; }
+__device__ __forceinline__ float load(bf16 value) { return __bfloat162float(value); }
+__device__ __forceinline__ float load(fp16 value) { return __half2float(value); }
+
+__device__ __forceinline__ void store(float& to, float value) { to = value; }
+__device__ __forceinline__ void store(bf16& to, float value) { to = __float2bfloat16_rn(value); }
+__device__ __forceinline__ void store(fp16& to, float value) { to = __float2half_rn(value); }
+
+template <typename Element>
+__device__ __forceinline__ float load_at(const void* from, int64_t at) {
+  return load(static_cast<const Element*>(from)[at]);
+}
+template <typename Element>
+__device__ __forceinline__ void store_at(void* to, int64_t at, float value) {
+  store(static_cast<Element*>(to)[at], value);
+}
+
+}  // namespace rwkv_jit

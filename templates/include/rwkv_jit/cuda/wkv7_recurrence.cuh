@@ -1,0 +1,46 @@
+#pragma once
+// One token of wkv7 for the rows that a lane holds.
+#include "rwkv_jit/cuda/tile.cuh"
+
+namespace rwkv_jit {
+
+// S a, one value a row, in every lane of the row.
+template <int N, int ROWS>
+__device__ __forceinline__ void state_times(const Tile<N>& tile,
+                                            const float (&state)[ROWS][LANE_COLUMNS],
+                                            const float* vector, float (&product)[ROWS]) {
+  float x[LANE_COLUMNS];
+  tile.read(vector, x);
+#pragma unroll
+  for (int i = 0; i < ROWS; ++i) {
+    float even = 0, odd = 0;
+#pragma unroll
+    for (int j = 0; j < LANE_COLUMNS; j += 2) {
+      even = fmaf(state[i][j], x[j], even);
+      odd = fmaf(state[i][j + 1], x[j + 1], odd);
+    }
+    product[i] = tile.row_sum(even + odd);
+  }
+}
+
+// S <- S diag(d) + sa b^T + v k^T.
+template <int N, int ROWS>
+__device__ __forceinline__ void advance(const Tile<N>& tile, float (&state)[ROWS][LANE_COLUMNS],
+                                        const float (&sa)[ROWS], const float (&v)[ROWS],
+                                        const float* keep_row, const float* change_row,
+                                        const float* b_row, const float* k_row) {
+  float keep[LANE_COLUMNS], change[LANE_COLUMNS], b[LANE_COLUMNS], k[LANE_COLUMNS];
+  tile.read(keep_row, keep);
+  tile.read(change_row, change);
+  tile.read(b_row, b);
+  tile.read(k_row, k);
+#pragma unroll
+  for (int i = 0; i < ROWS; ++i)
+#pragma unroll
+    for (int j = 0; j < LANE_COLUMNS; ++j) {
+      const float s = state[i][j];
+      state[i][j] = fmaf(s, keep[j], fmaf(s, change[j], fmaf(sa[i], b[j], v[i] * k[j])));
+    }
+}
+
+}  // namespace rwkv_jit

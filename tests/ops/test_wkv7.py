@@ -1,0 +1,321 @@
+"""wkv7 against its float64 reference: forward and every gradient, on a CPU and on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from comparing import TOLERANCES, Call, assert_matches_reference, random_call, relative_rms, run
+from rwkv_jit import Op, get_op
+from rwkv_jit.reference import REFERENCES
+
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+}
+DEVICES = [
+    pytest.param("cpu", id="cpu"),
+    pytest.param("cuda", id="cuda", marks=pytest.mark.gpu),
+]
+on_each_device = pytest.mark.parametrize("device", DEVICES)
+
+
+def op_for(device: str, dtype: str = "fp32", size: int = 32, **options: object) -> Op:
+    return get_op("wkv7", head_size=size, dtype=DTYPES[dtype], device=device, **options)  # type: ignore[arg-type]
+
+
+def gate(*shape: int, low: float, high: float) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.float64).uniform_(low, high)
+
+
+def pick(values: list[float], *shape: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)[torch.randint(len(values), shape)]
+
+
+@on_each_device
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [
+        ("fp32", 16), ("fp32", 32), ("fp32", 64), ("fp32", 128), ("fp32", 256),
+        ("bf16", 64), ("bf16", 128), ("fp16", 64), ("fp16", 32),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 50])
+def test_results_and_gradients_match_the_reference(
+    device: str, dtype: str, size: int, length: int
+) -> None:
+    assert_matches_reference(op_for(device, dtype, size), random_call(2, length, 3, size), device)
+
+
+@pytest.mark.parametrize("size", [8, 24, 40, 72, 200])
+def test_every_multiple_of_eight_is_a_head_size_on_a_cpu(size: int) -> None:
+    assert_matches_reference(op_for("cpu", size=size), random_call(1, 18, 2, size), "cpu")
+
+
+@pytest.mark.parametrize("size", [8, 64])
+def test_float64_is_exact_on_a_cpu(size: int) -> None:
+    assert_matches_reference(op_for("cpu", "fp64", size), random_call(2, 19, 2, size), "cpu")
+
+
+def test_gradcheck_passes_on_the_real_kernel() -> None:
+    op = op_for("cpu", "fp64", 8)
+    call = random_call(1, 17, 1, 8)
+    assert call.initial_state is not None
+    leaves = [x.clone().requires_grad_() for x in (*call.tokens.values(), call.initial_state)]
+    assert torch.autograd.gradcheck(lambda *x: op(*x, True), leaves, atol=1e-6)
+
+
+SHAPE = (1, 48, 2, 32)
+ADVERSARIAL: dict[str, tuple[str, Callable[[], Call]]] = {
+    "decay near one": ("loglog", lambda: random_call(*SHAPE, w=gate(*SHAPE, low=-16, high=-8))),
+    "decay near zero": ("loglog", lambda: random_call(*SHAPE, w=gate(*SHAPE, low=0.5, high=6))),
+    "masked, slow and underflowing decay in one chunk": (
+        "loglog",
+        lambda: random_call(*SHAPE, w=pick([-1e9, -9.0, -1.0, 1.0, 6.0, 100.0], *SHAPE)),
+    ),
+    "log decay of -50 beside -1e-6": (
+        "log",
+        lambda: random_call(*SHAPE, w=pick([-50.0, -10.0, -1.0, -1e-6, 0.0], *SHAPE)),
+    ),
+    "log decay of -50 throughout": ("log", lambda: random_call(*SHAPE, w=torch.tensor(-50.0))),
+    "log decay of minus infinity": (
+        "log",
+        lambda: random_call(*SHAPE, w=pick([-torch.inf, -0.1], *SHAPE)),
+    ),
+    "saturated logits": ("logit", lambda: random_call(*SHAPE, w=gate(*SHAPE, low=-90, high=90))),
+    "large states": ("loglog", lambda: random_call(*SHAPE, state_scale=1e3)),
+    "identical tokens": ("loglog", lambda: random_call(1, 4096, 1, 32, identical=True)),
+    "a long sequence": ("loglog", lambda: random_call(1, 4097, 1, 32)),
+}
+
+
+@on_each_device
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("case", ADVERSARIAL)
+def test_adversarial_inputs_match_the_reference(device: str, dtype: str, case: str) -> None:
+    decay, make = ADVERSARIAL[case]
+    assert_matches_reference(op_for(device, dtype, decay=decay), make(), device)
+
+
+@on_each_device
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_zero_tensors_give_zeros(device: str, dtype: str) -> None:
+    call = random_call(1, 20, 2, 32)
+    call.tokens = {name: torch.zeros_like(x) for name, x in call.tokens.items()}
+    call.initial_state = torch.zeros(1, 2, 32, 32)
+    call.dfinal_state = torch.zeros(1, 2, 32, 32)
+    op = op_for(device, dtype)
+    for name, value in run(op, call.rounded(op), device).items():
+        assert not value.any(), name
+
+
+@on_each_device
+def test_vectors_that_are_not_of_length_one_match_the_reference(device: str) -> None:
+    call = random_call(1, 40, 2, 32)
+    call.tokens["a"] = torch.randn_like(call.tokens["a"]) * 0.3
+    call.tokens["b"] = torch.randn_like(call.tokens["b"]) * 0.3
+    assert_matches_reference(op_for(device), call, device)
+
+
+@on_each_device
+@pytest.mark.parametrize("decay", ["loglog", "logit", "log"])
+@pytest.mark.parametrize("w_dtype", [torch.float32, torch.bfloat16])
+def test_gradient_of_w_is_that_of_the_tensor_passed_in(
+    device: str, decay: str, w_dtype: torch.dtype
+) -> None:
+    call = random_call(1, 20, 2, 32, w=-gate(1, 20, 2, 32, low=0.01, high=3))
+    call.w_dtype = w_dtype
+    op = op_for(device, "bf16", decay=decay)
+    assert_matches_reference(op, call, device)
+    assert run(op, call.rounded(op), device)["dw"].dtype == w_dtype
+
+
+@on_each_device
+@pytest.mark.parametrize("layout", ["vk", "kv"])
+@pytest.mark.parametrize("state_dtype", ["fp32", "bf16", "fp16"])
+def test_state_layouts_and_dtypes(device: str, layout: str, state_dtype: str) -> None:
+    op = op_for(device, "bf16", state_layout=layout, state_dtype=DTYPES[state_dtype])
+    call = random_call(2, 19, 2, 32)
+    assert_matches_reference(op, call, device)
+    assert run(op, call.rounded(op), device)["final_state"].dtype == DTYPES[state_dtype]
+
+
+@on_each_device
+@pytest.mark.parametrize("chunk_length", [16, 32, 64])
+def test_results_do_not_depend_on_the_chunk_length(device: str, chunk_length: int) -> None:
+    call = random_call(1, 133, 2, 32)
+    assert_matches_reference(op_for(device, chunk_length=chunk_length), call, device)
+
+
+def tokens_of(call: Call, begin: int, end: int) -> dict[str, torch.Tensor]:
+    return {name: x[:, begin:end] for name, x in call.tokens.items()}
+
+
+@on_each_device
+@pytest.mark.parametrize("cut", [1, 16, 21])
+def test_final_state_continues_the_sequence(device: str, cut: int) -> None:
+    op, call = op_for(device), random_call(2, 40, 2, 32)
+    call = call.rounded(op)
+    whole = run(op, call, device, gradients=False)
+    first = run(op, Call(tokens_of(call, 0, cut), call.initial_state), device, gradients=False)
+    second = run(
+        op, Call(tokens_of(call, cut, 40), first["final_state"].cpu()), device, gradients=False
+    )
+    y = torch.cat([first["y"], second["y"]], 1)
+    assert relative_rms(y, whole["y"]) < 1e-6
+    assert relative_rms(second["final_state"], whole["final_state"]) < 1e-6
+
+
+LENGTHS = [0, 1, 15, 16, 0, 17, 33, 5, 0]
+
+
+@on_each_device
+@pytest.mark.parametrize("bounds_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("size", [32, 128])
+def test_packed_sequences_equal_a_loop_over_them(
+    device: str, bounds_dtype: torch.dtype, size: int
+) -> None:
+    op = op_for(device, size=size)
+    bounds = torch.tensor([0, *LENGTHS]).cumsum(0).to(bounds_dtype)
+    call = random_call(1, sum(LENGTHS), 2, size, sequences=len(LENGTHS))
+    call.cu_seqlens = bounds
+    assert_matches_reference(op, call, device)
+    call = call.rounded(op)
+    packed = run(op, call, device)
+    assert call.initial_state is not None
+    assert call.dy is not None
+    assert call.dfinal_state is not None
+    for s, (begin, end) in enumerate(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)):
+        one = run(
+            op,
+            Call(
+                tokens_of(call, begin, end),
+                call.initial_state[s : s + 1],
+                dy=call.dy[:, begin:end],
+                dfinal_state=call.dfinal_state[s : s + 1],
+            ),
+            device,
+        )
+        for name, value in one.items():
+            whole = packed[name]
+            part = whole[s : s + 1] if "state" in name else whole[:, begin:end]
+            assert torch.equal(value, part), name
+
+
+@on_each_device
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_sequence_does_not_depend_on_its_neighbours(device: str, dtype: str) -> None:
+    op, call = op_for(device, dtype, 64), random_call(5, 37, 3, 64)
+    call = call.rounded(op)
+    together = run(op, call, device)
+    assert call.initial_state is not None
+    assert call.dy is not None
+    assert call.dfinal_state is not None
+    row = slice(3, 4)
+    alone = run(
+        op,
+        Call(
+            {name: x[row] for name, x in call.tokens.items()},
+            call.initial_state[row],
+            dy=call.dy[row],
+            dfinal_state=call.dfinal_state[row],
+        ),
+        device,
+    )
+    for name, value in alone.items():
+        assert torch.equal(value, together[name][row]), name
+
+
+@on_each_device
+@pytest.mark.parametrize("size", [64, 128])
+def test_results_are_the_same_from_run_to_run(device: str, size: int) -> None:
+    op, call = op_for(device, "bf16", size), random_call(3, 100, 4, size)
+    call = call.rounded(op)
+    first = run(op, call, device)
+    for _ in range(3):
+        for name, value in run(op, call, device).items():
+            assert torch.equal(value, first[name]), name
+
+
+@on_each_device
+@pytest.mark.parametrize("shape", [(0, 5, 2, 32), (2, 0, 2, 32), (2, 5, 0, 32)])
+def test_empty_dimensions_give_empty_results(device: str, shape: tuple[int, int, int, int]) -> None:
+    op = op_for(device)
+    call = random_call(*shape).rounded(op)
+    results = run(op, call, device)
+    assert results["y"].shape == shape
+    assert torch.equal(results["final_state"].cpu(), call.initial_state)
+    assert torch.equal(results["dinitial_state"].cpu(), call.dfinal_state)
+
+
+@on_each_device
+def test_every_element_is_written(device: str) -> None:
+    """torch.empty holds NaN in deterministic mode, so an element left out would show."""
+    op = op_for(device, "bf16", 64)
+    bounds = torch.tensor([0, 3, 3, 40])
+    call = random_call(1, 40, 3, 64, sequences=3)
+    call.cu_seqlens = bounds
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(1, device=device).isnan().all()
+        results = run(op, call.rounded(op), device)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name, value in results.items():
+        assert value.isfinite().all(), name
+
+
+@on_each_device
+def test_any_strides_and_alignment_give_the_same(device: str) -> None:
+    op, call = op_for(device, "bf16", 64), random_call(2, 21, 3, 64)
+    call = call.rounded(op)
+    plain = run(op, call, device)
+
+    def strided(x: torch.Tensor) -> torch.Tensor:
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+    def misaligned(x: torch.Tensor) -> torch.Tensor:
+        padded = torch.empty(x.numel() + 1, dtype=x.dtype, device=device)
+        padded[1:] = x.to(device).reshape(-1)
+        return padded[1:].view(x.shape)
+
+    for change in (strided, misaligned):
+        tokens = {name: change(x).to(device) for name, x in call.tokens.items()}
+        assert call.initial_state is not None
+        y, final = op(
+            **tokens, initial_state=call.initial_state.to(device), output_final_state=True
+        )
+        assert final is not None
+        assert torch.equal(y, plain["y"])
+        assert torch.equal(final, plain["final_state"])
+
+
+@on_each_device
+def test_gradients_flow_from_final_state_alone_and_to_initial_state_alone(device: str) -> None:
+    op, call = op_for(device), random_call(1, 20, 2, 32)
+    call = call.rounded(op)
+    tokens = [x.to(device) for x in call.tokens.values()]
+    assert call.initial_state is not None
+    state = call.initial_state.to(device).clone().requires_grad_()
+    _, final = op(*tokens, state, True)
+    assert final is not None
+    final.sum().backward()
+    truth = call.initial_state.double().requires_grad_()
+    _, expected = REFERENCES["wkv7"](*(x.cpu() for x in tokens), truth, True)
+    assert expected is not None
+    expected.sum().backward()
+    assert state.grad is not None
+    assert truth.grad is not None
+    assert relative_rms(state.grad, truth.grad) < TOLERANCES["fp32"][1]
+
+
+@pytest.mark.gpu
+def test_bad_bounds_on_a_gpu_stay_inside_the_tensors() -> None:
+    op, call = op_for("cuda"), random_call(1, 32, 2, 32, sequences=3)
+    call.cu_seqlens = torch.tensor([-7, 90, 5, 1 << 40])
+    run(op, call.rounded(op), "cuda")
+    torch.cuda.synchronize()
