@@ -177,5 +177,7 @@ def _differentiable(
                 ),
             )
 
-    apply: Callable[..., Sequence[torch.Tensor]] = Differentiable.apply
-    return apply
+    def differentiable(slug: str, wanted: tuple[bool, ...], *tensors: Any) -> Any:
+        return Differentiable.apply(slug, wanted, *tensors)
+
+    return differentiable

@@ -34,6 +34,7 @@ class Op:
         self._spec = get_spec(config.op)
         self._slug = config.slug
         self._ops = torch_ops(config.op)
+        self._runs_reference = current_settings().mode == "reference"
         self._device_type = "cuda" if is_cuda(config.arch) else "cpu"
         forward = self._spec.entries["forward"]
         self._inputs = tuple(tensor.name for tensor in forward.inputs)
@@ -73,7 +74,7 @@ class Op:
         if torch.is_autocast_enabled(self._device_type):
             self._cast(values)
         check_arguments(self._spec, self.config, values)
-        if current_settings().mode == "reference":
+        if self._runs_reference:
             return self._reference(values)
         tensors = [values[name] for name in self._inputs]
         wanted = {name: bool(values[f"output_{name}"]) for name in self._flags}
@@ -145,7 +146,8 @@ class Op:
                 values[tensor.name] = value.to(dtype)
 
     def _reference(self, values: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        _announce_reference(self._spec.name)
+        if not torch.compiler.is_compiling():
+            _announce_reference(self._spec.name)
         y, final_state = REFERENCES[self._spec.name](
             *(values[name] for name in self._spec.parameters),
             decay=self.config.decay,
@@ -199,7 +201,8 @@ def list_ops() -> tuple[str, ...]:
     return tuple(SPECS)
 
 
-@functools.cache
+# typed: 64 and 64.0 are equal, but only one is a head size.
+@functools.lru_cache(maxsize=None, typed=True)
 def _get_op(
     name: str,
     head_size: int,

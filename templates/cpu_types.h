@@ -1,12 +1,13 @@
 namespace {
 
-using Element = rwkv_jit::{{ dtype }};
-using StateElement = rwkv_jit::{{ state_dtype }};
-constexpr auto DECAY = static_cast<rwkv_jit::DecayKind>({{ decay }});
-constexpr int VECTOR_BYTES = {{ vector_bytes }};
+using Element = rwkv_jit::{{dtype}};
+using StateElement = rwkv_jit::{{state_dtype}};
+constexpr auto DECAY = static_cast<rwkv_jit::DecayKind>({{decay}});
+constexpr int VECTOR_BYTES = {{vector_bytes}};
 
 using Real = rwkv_jit::RealOf<Element>::type;
 using Vector = rwkv_jit::VectorOf<Real, VECTOR_BYTES>::type;
+using Gate = rwkv_jit::Decay<DECAY, Real, VECTOR_BYTES>;
 constexpr int WIDTH = VECTOR_BYTES / sizeof(Real);
 static_assert(N % WIDTH == 0, "a row is a whole number of vectors");
 

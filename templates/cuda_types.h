@@ -1,8 +1,8 @@
 namespace {
 
-using Element = rwkv_jit::{{ dtype }};
-using StateElement = rwkv_jit::{{ state_dtype }};
-constexpr auto DECAY = static_cast<rwkv_jit::DecayKind>({{ decay }});
+using Element = rwkv_jit::{{dtype}};
+using StateElement = rwkv_jit::{{state_dtype}};
+constexpr auto DECAY = static_cast<rwkv_jit::DecayKind>({{decay}});
 
 // w is of the operator's type or float32.
 __device__ __forceinline__ float load_decay(const Arguments& args, int64_t at) {

@@ -7,16 +7,18 @@ namespace {
 
 // Pointers of absent tensors are null. *_dtype are rwkv_jit::DtypeCode.
 struct Arguments {
+  // clang-format off
   {{ arguments }}
+  // clang-format on
 };
 
-constexpr int N = {{ head_size }};     // head size
-constexpr int L = {{ chunk_length }};  // tokens between two checkpoints
-constexpr bool STATE_IS_KV = {{ state_is_kv }};
+constexpr int N = {{head_size}};     // head size
+constexpr int L = {{chunk_length}};  // tokens between two checkpoints
+constexpr bool STATE_IS_KV = {{state_is_kv}};
 
 }  // namespace
 
-RWKV_JIT_EXPORT int rwkv_jit_abi() { return {{ abi }}; }
+RWKV_JIT_EXPORT int rwkv_jit_abi() { return {{abi}}; }
 RWKV_JIT_EXPORT const char* rwkv_jit_identity() { return "{{ identity }}"; }
 
 #include "rwkv_jit/layout.h"

@@ -1,10 +1,13 @@
 // wkv7 backward on a CPU: sequences and heads in parallel, chunks from the last to the first.
-//   G_t = dL/dS_t:   g_t = G_t + dy_t r_t^T,   dsa_t = g_t b_t,   G_{t-1} = g_t diag(d_t) + dsa_t a_t^T
-//   dr = S_t^T dy   dv = g k   dk = g^T v   db = g^T (S_{t-1} a)   da = S_{t-1}^T dsa   dd = sum_i g S_{t-1}
+//   G_t = dL/dS_t,   g_t = G_t + dy_t r_t^T,   dsa_t = g_t b_t
+//   G_{t-1} = g_t diag(d_t) + dsa_t a_t^T
+//   dr = S_t^T dy   dv = g k   dk = g^T v   db = g^T (S_{t-1} a)   da = S_{t-1}^T dsa
+//   dd = sum over rows of g S_{t-1}, element by element
 // Rows of S and G need nothing of each other but the sums over rows, which are gathered in order. A
 // few rows at a time are taken forward through the chunk, from its checkpoint, which keeps their
 // states in the nearest cache, and then backward. The decay is never divided by.
 #include <cstdint>
+#include <initializer_list>
 #include <memory>
 #include <new>
 #include <type_traits>
@@ -34,7 +37,8 @@ struct Workspace {
   alignas(64) Row dr[L], dw[L], dk[L], da[L], db[L];
   alignas(64) Row history[L + 1][ROWS];  // S_{t-1} of the rows at hand; the last is S_L
   alignas(64) Row g[N];
-  alignas(64) Real v[L][N], dy[L][N], dv[L][N], w[N];
+  alignas(64) Row w;
+  alignas(64) Real v[L][N], dy[L][N], dv[L][N];
 };
 
 Real* reals(Vector* row) { return reinterpret_cast<Real*>(row); }
@@ -42,19 +46,21 @@ Real* reals(Vector* row) { return reinterpret_cast<Real*>(row); }
 void load_tokens(const Arguments& args, int64_t first, int count, int64_t head, Workspace& work) {
   for (int t = 0; t < count; ++t) {
     const int64_t row = (first + t) * args.H + head;
+    if (first + t >= L)
+      for (const void* tensor : {args.r, args.w, args.k, args.v, args.a, args.b, args.dy})
+        prefetch_row<Element, N>(tensor, row - L * args.H);
     load_row<Element, N>(args.r, row, reals(work.r[t]));
     load_row<Element, N>(args.k, row, reals(work.k[t]));
     load_row<Element, N>(args.v, row, work.v[t]);
     load_row<Element, N>(args.a, row, reals(work.a[t]));
     load_row<Element, N>(args.b, row, reals(work.b[t]));
     load_row<Element, N>(args.dy, row, work.dy[t]);
-    load_decay_row<Element, N>(args.w, args.w_dtype, row, work.w);
-    Real *keep = reals(work.keep[t]), *change = reals(work.change[t]), *slope = reals(work.slope[t]);
-    for (int j = 0; j < N; ++j) {
-      const Decay<Real> decay = decay_of<DECAY>(work.w[j]);
-      keep[j] = decay.keep;
-      change[j] = decay.change;
-      slope[j] = decay.slope;
+    load_decay_row<Element, N>(args.w, args.w_dtype, row, reals(work.w));
+    for (int x = 0; x < VECTORS; ++x) {
+      const Gate gate(work.w[x]);
+      work.keep[t][x] = gate.keep;
+      work.change[t][x] = gate.change;
+      work.slope[t][x] = gate.slope;
     }
     for (int x = 0; x < VECTORS; ++x)
       work.dr[t][x] = work.dw[t][x] = work.dk[t][x] = work.da[t][x] = work.db[t][x] = Vector{};
@@ -77,8 +83,8 @@ void run_rows(Workspace& work, int first, int count) {
       Vector dr = work.dr[t][x];
       for (int i = 0; i < ROWS; ++i) {
         const Vector s = work.history[t][i][x];
-        const Vector next = s * work.keep[t][x] +
-                            (s * work.change[t][x] + (sa[t][i] * work.b[t][x] + v[i] * work.k[t][x]));
+        const Vector next = s * work.keep[t][x] + (s * work.change[t][x] +
+                                                   (sa[t][i] * work.b[t][x] + v[i] * work.k[t][x]));
         work.history[t + 1][i][x] = next;
         dr += next * dy[i];
       }
@@ -116,7 +122,8 @@ void run_rows(Workspace& work, int first, int count) {
   }
 }
 
-void store_gradients(const Arguments& args, int64_t first, int count, int64_t head, Workspace& work) {
+void store_gradients(const Arguments& args, int64_t first, int count, int64_t head,
+                     Workspace& work) {
   for (int t = 0; t < count; ++t) {
     const int64_t row = (first + t) * args.H + head;
     for (int x = 0; x < VECTORS; ++x) work.dw[t][x] *= work.slope[t][x];

@@ -1,10 +1,13 @@
 // wkv7 backward, token by token, in float: one block per sequence and head, from the last token to
 // the first.
-//   G_t = dL/dS_t:   g_t = G_t + dy_t r_t^T,   dsa_t = g_t b_t,   G_{t-1} = g_t diag(d_t) + dsa_t a_t^T
-//   dr = S_t^T dy   dv = g k   dk = g^T v   db = g^T (S_{t-1} a)   da = S_{t-1}^T dsa   dd = sum_i g S_{t-1}
-// The states of STEP tokens are made again from the chunk's checkpoint and kept in registers, so the
-// decay is never divided by. Where a head has more rows than fit, groups of rows take turns, and G of
-// those that wait lies in dstate. Sums over rows: in the warp by halving, then over warps in order.
+//   G_t = dL/dS_t,   g_t = G_t + dy_t r_t^T,   dsa_t = g_t b_t
+//   G_{t-1} = g_t diag(d_t) + dsa_t a_t^T
+//   dr = S_t^T dy   dv = g k   dk = g^T v   db = g^T (S_{t-1} a)   da = S_{t-1}^T dsa
+//   dd = sum over rows of g S_{t-1}, element by element
+// The states of STEP tokens are made again from the chunk's checkpoint and kept in registers, so
+// the decay is never divided by. Where a head has more rows than fit, groups of rows take turns,
+// and G of those that wait lies in dstate. Sums over rows: in the warp by halving, then over warps
+// in order.
 #include <cuda_runtime.h>
 
 //% include "prelude.h"
@@ -17,9 +20,9 @@ namespace {
 
 using namespace rwkv_jit;
 
-constexpr int WARPS = {{ warps }};
-constexpr int ROWS = {{ rows_per_lane }};
-constexpr int STEP = {{ step_tokens }};
+constexpr int WARPS = {{warps}};
+constexpr int ROWS = {{rows_per_lane}};
+constexpr int STEP = {{step_tokens}};
 constexpr int THREADS = WARPS * 32;
 constexpr int WARP_ROWS = Tile<N>::ROW_LANES * ROWS;
 constexpr int BLOCK_ROWS = WARPS * WARP_ROWS;
@@ -51,7 +54,7 @@ __device__ __forceinline__ void load_tokens(const Arguments& args, int64_t first
   __syncthreads();  // the last tokens' readers are done
   for (int at = threadIdx.x; at < STEP * N; at += THREADS) {
     const int t = at / N, j = at % N;
-    float(&token)[VECTORS][N] = shared.tokens[t];
+    float (&token)[VECTORS][N] = shared.tokens[t];
     if (first + t < end) {
       const int64_t from = ((first + t) * args.H + head) * N + j;
       const Decay decay = decay_of<DECAY>(load_decay(args, from));
@@ -66,7 +69,8 @@ __device__ __forceinline__ void load_tokens(const Arguments& args, int64_t first
       token[SLOPE][j] = decay.slope;
     } else {
 #pragma unroll
-      for (int vector = 0; vector < VECTORS; ++vector) token[vector][j] = vector == KEEP ? 1.0f : 0.0f;
+      for (int vector = 0; vector < VECTORS; ++vector)
+        token[vector][j] = vector == KEEP ? 1.0f : 0.0f;
     }
   }
   __syncthreads();
@@ -105,11 +109,11 @@ __device__ __forceinline__ void run_step(const Arguments& args, const Tile<N>& t
                                          int64_t end, int64_t head, int first_row,
                                          float (&state)[ROWS][LANE_COLUMNS],
                                          float (&g)[ROWS][LANE_COLUMNS], Shared& shared) {
-  float(&sums)[STEP][GRADIENTS][N] = shared.sums[threadIdx.x / 32];
+  float (&sums)[STEP][GRADIENTS][N] = shared.sums[threadIdx.x / 32];
   float history[STEP][ROWS][LANE_COLUMNS], sa[STEP][ROWS];
 #pragma unroll
   for (int t = 0; t < STEP; ++t) {
-    float(&token)[VECTORS][N] = shared.tokens[t];
+    float (&token)[VECTORS][N] = shared.tokens[t];
     float v[ROWS], dy[ROWS], dr[LANE_COLUMNS] = {};
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
@@ -128,7 +132,7 @@ __device__ __forceinline__ void run_step(const Arguments& args, const Tile<N>& t
   }
 #pragma unroll
   for (int t = STEP - 1; t >= 0; --t) {
-    float(&token)[VECTORS][N] = shared.tokens[t];
+    float (&token)[VECTORS][N] = shared.tokens[t];
     float dv[ROWS], dsa[ROWS], row[LANE_COLUMNS];
     tile.read(token[R], row);
 #pragma unroll
@@ -170,7 +174,7 @@ __device__ __forceinline__ void run_step(const Arguments& args, const Tile<N>& t
   }
 }
 
-__global__ void __launch_bounds__(THREADS) backward_kernel(const Arguments args) {
+__global__ void __launch_bounds__(THREADS, 1) backward_kernel(const Arguments args) {
   extern __shared__ __align__(16) char shared_bytes[];
   Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
   const Tile<N> tile;
@@ -187,10 +191,11 @@ __global__ void __launch_bounds__(THREADS) backward_kernel(const Arguments args)
       const int row = group * BLOCK_ROWS + lane_row + i;
 #pragma unroll
       for (int j = 0; j < LANE_COLUMNS; ++j)
-        g[i][j] = args.dfinal_state == nullptr
-                      ? 0.0f
-                      : load_at<StateElement>(args.dfinal_state,
-                                              head_index * N * N + state_index(row, tile.column(j)));
+        g[i][j] =
+            args.dfinal_state == nullptr
+                ? 0.0f
+                : load_at<StateElement>(args.dfinal_state,
+                                        head_index * N * N + state_index(row, tile.column(j)));
       if constexpr (GROUPS > 1) tile.write(g[i], waiting_row(args, head_index, row));
     }
   }
@@ -214,7 +219,7 @@ __global__ void __launch_bounds__(THREADS) backward_kernel(const Arguments args)
         for (int before = 0; before < step; ++before) {
           load_tokens(args, chunk_first + before * STEP, sequence.end, head, shared);
           for (int t = 0; t < STEP; ++t) {
-            float(&token)[VECTORS][N] = shared.tokens[t];
+            float (&token)[VECTORS][N] = shared.tokens[t];
             float v[ROWS], sa[ROWS];
 #pragma unroll
             for (int i = 0; i < ROWS; ++i) v[i] = token[V][first_row + i];
@@ -230,7 +235,8 @@ __global__ void __launch_bounds__(THREADS) backward_kernel(const Arguments args)
         }
         if constexpr (GROUPS > 1) {
 #pragma unroll
-          for (int i = 0; i < ROWS; ++i) tile.write(g[i], waiting_row(args, head_index, first_row + i));
+          for (int i = 0; i < ROWS; ++i)
+            tile.write(g[i], waiting_row(args, head_index, first_row + i));
         }
       }
       store_gradients(args, first, sequence.end, head, shared);

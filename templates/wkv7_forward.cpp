@@ -1,9 +1,10 @@
 // wkv7 forward on a CPU: sequences and heads in parallel, each token by token.
 //   S_t = S_{t-1} diag(d_t) + (S_{t-1} a_t) b_t^T + v_t k_t^T,   y_t = S_t r_t
-// Rows of S need nothing of each other, so a block of rows takes all tokens of a chunk while it lies
-// in the nearest cache. One pass over the block advances it by a token and also gathers S_t r_t and
-// the next token's S_t a_{t+1}.
+// Rows of S need nothing of each other, so a block of rows takes all tokens of a chunk while it
+// lies in the nearest cache. One pass over the block advances it by a token and also gathers S_t
+// r_t and the next token's S_t a_{t+1}.
 #include <cstdint>
+#include <initializer_list>
 #include <memory>
 #include <new>
 #include <type_traits>
@@ -32,16 +33,20 @@ struct Workspace {
 void load_tokens(const Arguments& args, int64_t first, int count, int64_t head, Workspace& work) {
   for (int t = 0; t < count; ++t) {
     const int64_t row = (first + t) * args.H + head;
+    for (const void* tensor : {args.r, args.w, args.k, args.v, args.a, args.b})
+      prefetch_row<Element, N>(tensor, row + L * args.H);
     load_row<Element, N>(args.r, row, work.r[t]);
     load_row<Element, N>(args.k, row, work.k[t]);
     load_row<Element, N>(args.v, row, work.v[t]);
     load_row<Element, N>(args.a, row, work.a[t]);
     load_row<Element, N>(args.b, row, work.b[t]);
     load_decay_row<Element, N>(args.w, args.w_dtype, row, work.w);
-    for (int j = 0; j < N; ++j) {
-      const Decay<Real> decay = decay_of<DECAY>(work.w[j]);
-      work.keep[t][j] = decay.keep;
-      work.change[t][j] = decay.change;
+    Vector* keep = reinterpret_cast<Vector*>(work.keep[t]);
+    Vector* change = reinterpret_cast<Vector*>(work.change[t]);
+    for (int x = 0; x < N / WIDTH; ++x) {
+      const Gate gate(reinterpret_cast<const Vector*>(work.w)[x]);
+      keep[x] = gate.keep;
+      change[x] = gate.change;
     }
   }
 }
@@ -92,15 +97,19 @@ void store_state(const Arguments& args, int64_t at, const Workspace& work) {
             work.state[packed_index<N, BLOCK_ROWS>(i, j)]);
 }
 
+void store_checkpoint(const Arguments& args, int64_t place, int64_t head, const Workspace& work) {
+  if (args.checkpoints == nullptr) return;
+  Real* to = static_cast<Real*>(args.checkpoints) + (place * args.H + head) * N * N;
+  std::copy_n(work.state, N * N, to);
+}
+
 void run_head(const Arguments& args, int64_t s, int64_t head, Workspace& work) {
   const Sequence sequence = find_sequence(args, s, L);
   load_state(args, s * args.H + head, work);
   int64_t checkpoint = sequence.first_checkpoint;
   for (int64_t first = sequence.begin; first < sequence.end; first += L, ++checkpoint) {
     const int count = static_cast<int>(std::min<int64_t>(L, sequence.end - first));
-    if (args.checkpoints != nullptr)
-      std::copy_n(work.state, N * N,
-                  static_cast<Real*>(args.checkpoints) + (checkpoint * args.H + head) * N * N);
+    store_checkpoint(args, checkpoint, head, work);
     load_tokens(args, first, count, head, work);
     constexpr int REMAINDER = N % BLOCK_ROWS / WIDTH;
     for (int row = 0; row + BLOCK_ROWS <= N; row += BLOCK_ROWS)
@@ -109,6 +118,9 @@ void run_head(const Arguments& args, int64_t s, int64_t head, Workspace& work) {
     for (int t = 0; t < count; ++t)
       store_row<Element, N>(work.y[t], args.y, (first + t) * args.H + head);
   }
+  // A place that no chunk needs is written all the same, so that no output is left undefined.
+  if (checkpoint < sequence.first_checkpoint + sequence.checkpoints)
+    store_checkpoint(args, checkpoint, head, work);
   if (args.final_state != nullptr) store_state(args, s * args.H + head, work);
 }
 

@@ -1,7 +1,7 @@
 // wkv7 forward, token by token, in float: one block per sequence, head and group of rows.
 //   S_t = S_{t-1} diag(d_t) + (S_{t-1} a_t) b_t^T + v_t k_t^T,   y_t = S_t r_t
-// Rows of S need nothing of each other. They stay in registers; a stage of tokens is read, converted
-// and gated once by the block and then shared.
+// Rows of S need nothing of each other. They stay in registers; a stage of tokens is read,
+// converted and gated once by the block and then shared.
 #include <cuda_runtime.h>
 
 //% include "prelude.h"
@@ -14,9 +14,9 @@ namespace {
 
 using namespace rwkv_jit;
 
-constexpr int WARPS = {{ warps }};
-constexpr int ROWS = {{ rows_per_lane }};
-constexpr int STAGE = {{ stage_tokens }};
+constexpr int WARPS = {{warps}};
+constexpr int ROWS = {{rows_per_lane}};
+constexpr int STAGE = {{stage_tokens}};
 constexpr int THREADS = WARPS * 32;
 constexpr int WARP_ROWS = Tile<N>::ROW_LANES * ROWS;
 constexpr int BLOCK_ROWS = WARPS * WARP_ROWS;
@@ -25,6 +25,15 @@ static_assert(GROUPS * BLOCK_ROWS == N, "groups of rows make up a head");
 static_assert(L % STAGE == 0, "a checkpoint falls on the first token of a stage");
 
 enum Vector { R, K, V, A, B, KEEP, CHANGE, VECTORS };
+
+__device__ __forceinline__ void store_checkpoint(const Arguments& args, const Tile<N>& tile,
+                                                 int64_t head, int64_t place, int first_row,
+                                                 const float (&state)[ROWS][LANE_COLUMNS]) {
+  if (args.checkpoints == nullptr) return;
+  float* to = static_cast<float*>(args.checkpoints) + (place * args.H + head) * N * N;
+#pragma unroll
+  for (int i = 0; i < ROWS; ++i) tile.write(state[i], to + (first_row + i) * N);
+}
 
 __global__ void __launch_bounds__(THREADS) forward_kernel(const Arguments args) {
   __shared__ __align__(16) float tokens[STAGE][VECTORS][N];
@@ -42,19 +51,15 @@ __global__ void __launch_bounds__(THREADS) forward_kernel(const Arguments args) 
     for (int j = 0; j < LANE_COLUMNS; ++j)
       state[i][j] = args.initial_state == nullptr
                         ? 0.0f
-                        : load_at<StateElement>(args.initial_state,
-                                                head_index * N * N +
-                                                    state_index(first_row + i, tile.column(j)));
+                        : load_at<StateElement>(
+                              args.initial_state,
+                              head_index * N * N + state_index(first_row + i, tile.column(j)));
 
+  int64_t checkpoint = sequence.first_checkpoint;
   for (int64_t first = sequence.begin; first < sequence.end; first += STAGE) {
     const int count = static_cast<int>(min(sequence.end - first, static_cast<int64_t>(STAGE)));
-    const int64_t position = first - sequence.begin;
-    if (args.checkpoints != nullptr && position % L == 0) {
-      float* to = static_cast<float*>(args.checkpoints) +
-                  ((sequence.first_checkpoint + position / L) * args.H + head) * N * N;
-#pragma unroll
-      for (int i = 0; i < ROWS; ++i) tile.write(state[i], to + (first_row + i) * N);
-    }
+    if ((first - sequence.begin) % L == 0)
+      store_checkpoint(args, tile, head, checkpoint++, first_row, state);
     __syncthreads();  // the last stage's readers are done
     for (int at = threadIdx.x; at < count * N; at += THREADS) {
       const int t = at / N, j = at % N;
@@ -83,6 +88,10 @@ __global__ void __launch_bounds__(THREADS) forward_kernel(const Arguments args) 
       }
     }
   }
+
+  // A place that no chunk needs is written all the same, so that no output is left undefined.
+  if (checkpoint < sequence.first_checkpoint + sequence.checkpoints)
+    store_checkpoint(args, tile, head, checkpoint, first_row, state);
 
   if (args.final_state == nullptr) return;
 #pragma unroll

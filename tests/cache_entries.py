@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from rwkv_jit.manifest import MANIFEST_SCHEMA, CacheEntry, Manifest, read_manifest
+from rwkv_jit.cache.manifest import MANIFEST_SCHEMA, CacheEntry, Manifest, read_manifest
 
 MANGLED = "_ZN12_GLOBAL__N_114forward_kernelENS_9ArgumentsE"
 RESOURCES = {"registers": 80, "spill_stores": 4, "spill_loads": 8, "shared": 128, "stack": 0}

@@ -108,6 +108,10 @@ def test_wheel_holds_every_module_and_the_type_marker(wheel: Contents) -> None:
     assert "py.typed" in packaged
 
 
+def test_sdist_holds_every_module(sdist: Contents) -> None:
+    assert below(sdist, "rwkv_jit/") == contents(ROOT / "rwkv_jit")
+
+
 def test_wheel_names_its_program_and_its_licence(wheel: Contents) -> None:
     (entry_points,) = (wheel[name] for name in wheel if name.endswith("/entry_points.txt"))
     assert b"rwkv-jit = rwkv_jit.cli:main" in entry_points

@@ -143,8 +143,8 @@ WKV7 = OpSpec(
                 _V,
                 _A,
                 _B,
-                _state("initial_state", "state before the first token; zeros if None"),
                 _CU_SEQLENS,
+                _state("initial_state", "state before the first token; zeros if None"),
             ),
             outputs=(
                 _token("y", "output"),

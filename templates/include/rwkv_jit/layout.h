@@ -18,11 +18,12 @@ struct Sequence {
   int64_t begin;
   int64_t end;
   int64_t first_checkpoint;
+  int64_t checkpoints;  // places; one more than chunks where the last chunk is short or missing
 };
 
 // Without cu_seqlens sequence s is row s of the batch. Bounds that no packed batch has are clamped,
-// so that a bad cu_seqlens cannot make a kernel leave its tensors. Checkpoints of all sequences fit
-// in B * T / L + S places: a sequence of n tokens has at most n / L + 1.
+// so that a bad cu_seqlens cannot make a kernel leave its tensors. The checkpoints of all
+// sequences share B * T / L + S places.
 template <typename Args>
 RWKV_JIT_SHARED_CODE Sequence find_sequence(const Args& args, int64_t s, int64_t chunk_length) {
   int64_t begin = s * args.T, end = begin + args.T;
@@ -37,7 +38,7 @@ RWKV_JIT_SHARED_CODE Sequence find_sequence(const Args& args, int64_t s, int64_t
     end = bound(s + 1);
     end = end < begin ? begin : end;
   }
-  return {begin, end, begin / chunk_length + s};
+  return {begin, end, begin / chunk_length + s, end / chunk_length - begin / chunk_length + 1};
 }
 
 }  // namespace rwkv_jit

@@ -9,8 +9,8 @@
 
 // OpenMP's entry point, found at load time where the process has a runtime, as with torch it has.
 // Its threads spin for a while after torch's own loops; a second pool would fight them for cores.
-extern "C" void GOMP_parallel(void (*function)(void*), void* data, unsigned threads,
-                              unsigned flags) __attribute__((weak));
+extern "C" void GOMP_parallel(void (*function)(void*), void* data, unsigned threads, unsigned flags)
+    __attribute__((weak));
 
 namespace rwkv_jit {
 
@@ -18,7 +18,8 @@ namespace rwkv_jit {
 inline int64_t useful_threads(int64_t threads, int64_t items, double work) {
   const double thread_start = 1e5;  // in multiply-adds
   const double worth = static_cast<double>(items) * work / thread_start;
-  return std::max<int64_t>(1, std::min({threads, items, static_cast<int64_t>(std::min(worth, 1e6))}));
+  return std::max<int64_t>(1,
+                           std::min({threads, items, static_cast<int64_t>(std::min(worth, 1e6))}));
 }
 
 // Calls run(item, worker) for every item; worker is below `workers`. Where the system refuses a

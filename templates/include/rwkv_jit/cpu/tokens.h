@@ -2,7 +2,6 @@
 // Rows of N values between memory and the type that is computed in.
 #include <cstdint>
 
-#include "rwkv_jit/cpu/decay.h"
 #include "rwkv_jit/cpu/element.h"
 #include "rwkv_jit/layout.h"
 
@@ -28,6 +27,14 @@ inline void load_decay_row(const void* from, int32_t dtype, int64_t row, Real* t
   } else {
     load_row<Element, N>(from, row, to);
   }
+}
+
+// Asks for a row that will be read soon: rows of one head lie too far apart for the processor to
+// guess.
+template <typename Element, int N>
+inline void prefetch_row(const void* from, int64_t row) {
+  const char* first = static_cast<const char*>(from) + row * N * sizeof(Element);
+  for (unsigned at = 0; at < N * sizeof(Element); at += 64) __builtin_prefetch(first + at);
 }
 
 }  // namespace rwkv_jit

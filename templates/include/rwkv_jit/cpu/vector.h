@@ -1,5 +1,7 @@
 #pragma once
 // Vectors of the compiler's own extension (GCC and Clang).
+#include <cstdint>
+#include <type_traits>
 
 namespace rwkv_jit {
 

@@ -36,9 +36,8 @@ struct Tile {
   __device__ __forceinline__ void write(const float (&values)[LANE_COLUMNS], float* row) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half)
-      *reinterpret_cast<float4*>(row + column(half * 4)) =
-          make_float4(values[half * 4], values[half * 4 + 1], values[half * 4 + 2],
-                      values[half * 4 + 3]);
+      *reinterpret_cast<float4*>(row + column(half * 4)) = make_float4(
+          values[half * 4], values[half * 4 + 1], values[half * 4 + 2], values[half * 4 + 3]);
   }
 
   // The sum over a row's lanes, in every one of them.

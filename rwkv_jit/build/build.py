@@ -1,0 +1,177 @@
+"""Obtaining kernels: what the cache holds, or a build of it, once per key whoever asks.
+
+Threads of this process wait for each other per key, processes on the cache's lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..arch import display_arch, is_cuda
+from ..cache import Cache, CacheEntry, cache_key, meaning_key
+from ..config import DEFAULT_CHUNK_LENGTH, OpConfig, default_state_dtype
+from ..errors import CacheError, KernelMissingError, RwkvJitError, ToolchainError
+from ..render import RenderedSource
+from ..settings import Settings
+from ..toolchain import find_toolchain, torch_cuda_major
+from .attempt import Attempt
+from .jobs import default_jobs
+
+POLICIES = ("auto", "never", "always")
+BUILD_SECONDS = 900.0
+_KEYS_GUARD = threading.Lock()
+
+BuildResult = CacheEntry | RwkvJitError
+
+
+def obtain(
+    source: RenderedSource,
+    settings: Settings,
+    *,
+    policy: str = "auto",
+    limit: float = BUILD_SECONDS,
+    stop: threading.Event | None = None,
+) -> CacheEntry:
+    """The cache entry of a source, built if need be.
+
+    policy: "auto" builds on a miss, "never" does not, "always" builds and replaces what is there.
+        Mode "prebuilt" of the settings is as "never"; mode "rebuild" is as "always" for the first
+        time in a process.
+    limit: seconds that the compilers may take.
+    stop: ends the build, or the wait for another process's, when set.
+
+    Raises KernelMissingError where nothing is found and building is forbidden, ToolchainError
+    where nothing is found and there is no compiler, KernelBuildError where one failed, and
+    CacheError where the cache cannot be used.
+    """
+    if policy not in POLICIES:
+        raise ValueError(f"policy={policy!r} is not known; choose from {', '.join(POLICIES)}")
+    cache = Cache.open(settings)
+    if policy == "never" or settings.mode == "prebuilt":
+        entry = _find(cache, source, settings)
+        if entry is None:
+            raise KernelMissingError(_missing(source, settings))
+        return entry
+    try:
+        toolchain = find_toolchain(source.config.arch, settings)
+    except ToolchainError:
+        entry = _find(cache, source, settings)
+        if entry is None:
+            raise
+        return entry
+    key = cache_key(source, toolchain)
+    state = _state_of(key.digest, cache.root)
+    with state.lock:
+        replace = policy == "always" or (settings.mode == "rebuild" and not state.built)
+        entry = None if replace else cache.lookup(key.digest)
+        if entry is None:
+            attempt = Attempt(cache, source, toolchain, key, settings.log_level, limit, replace)
+            try:
+                entry = attempt.run(stop or threading.Event())
+            except OSError as error:
+                raise CacheError(
+                    f"{source.identity} cannot be built in the cache {cache.root}: {error}; "
+                    "free some space, or set RWKV_JIT_CACHE_DIR to another folder"
+                ) from error
+            state.built = True
+        return entry
+
+
+def build_many(
+    sources: Sequence[RenderedSource],
+    settings: Settings,
+    *,
+    policy: str = "auto",
+    jobs: int | None = None,
+    on_result: Callable[[int, BuildResult], None] | None = None,
+) -> list[BuildResult]:
+    """`obtain` for many sources at once; an entry or an error for each, in their order.
+
+    jobs: most compilers at once; None lets the settings, cores and memory decide.
+    on_result: called with each source's place and result as it comes, from several threads.
+    An interrupt ends the builds that run.
+    """
+    stop = threading.Event()
+
+    def one(index: int) -> BuildResult:
+        result: BuildResult
+        try:
+            result = obtain(sources[index], settings, policy=policy, stop=stop)
+        except RwkvJitError as error:
+            result = error
+        if on_result is not None:
+            on_result(index, result)
+        return result
+
+    most = jobs or default_jobs(settings.max_jobs)
+    with ThreadPoolExecutor(max_workers=max(1, min(most, len(sources)))) as pool:
+        try:
+            return list(pool.map(one, range(len(sources))))
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+@dataclass(slots=True)
+class _KeyState:
+    lock: threading.Lock
+    built: bool = False
+
+
+def _state_of(digest: str, root: Path) -> _KeyState:
+    with _KEYS_GUARD:
+        return _make_state(digest, root, os.getpid())
+
+
+@functools.cache
+def _make_state(_digest: str, _root: Path, _pid: int) -> _KeyState:
+    return _KeyState(threading.Lock())
+
+
+def _find(cache: Cache, source: RenderedSource, settings: Settings) -> CacheEntry | None:
+    """An entry for a source that must not be built: this toolchain's, else any with its meaning."""
+    major = torch_cuda_major() or 0
+    with contextlib.suppress(ToolchainError):
+        toolchain = find_toolchain(source.config.arch, settings)
+        entry = cache.lookup(cache_key(source, toolchain).digest)
+        if entry is not None:
+            return entry
+        major = toolchain.cuda_major
+    return cache.find_meaning(meaning_key(source, major if is_cuda(source.config.arch) else 0))
+
+
+def _missing(source: RenderedSource, settings: Settings) -> str:
+    why = (
+        "RWKV_JIT_MODE=prebuilt forbids building"
+        if settings.mode == "prebuilt"
+        else "the caller forbids building"
+    )
+    return (
+        f"{source.identity} is not in any bundle or cache, and {why}. "
+        f"Build it with: {warm_command(source.config)}"
+    )
+
+
+def warm_command(config: OpConfig) -> str:
+    """The command that builds a configuration, with options only where they are not defaults."""
+    options = [
+        f"rwkv-jit warm {config.op} --head-size {config.head_size} --dtype {config.dtype}",
+        f"--arch {display_arch(config.arch)}",
+    ]
+    if config.chunk_length != DEFAULT_CHUNK_LENGTH:
+        options.append(f"--chunk-length {config.chunk_length}")
+    if config.decay != "loglog":
+        options.append(f"--decay {config.decay}")
+    if config.state_dtype != default_state_dtype(config.dtype):
+        options.append(f"--state-dtype {config.state_dtype}")
+    if config.state_layout != "vk":
+        options.append(f"--state-layout {config.state_layout}")
+    return " ".join(options)

@@ -1,0 +1,189 @@
+"""Warming: which kernels a choice of knobs asks for, which of them exist, and building the rest."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from ..arch import arch_number, cuda_arch_of_capability, host_cpu_arch, is_cuda, parse_arch
+from ..build import build_many, obtain
+from ..cache import Cache, CacheEntry, cache_key
+from ..config import DEFAULT_CHUNK_LENGTH, OpConfig, default_state_dtype
+from ..errors import ConfigError, KernelMissingError, RwkvJitError, ToolchainError
+from ..ops import SPECS, get_spec
+from ..render import RenderedSource, render
+from ..settings import Settings
+from ..spec import OpSpec
+from ..toolchain import find_toolchain
+
+DEFAULT_HEAD_SIZE = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choices:
+    """Values of each knob; every combination is meant. Nothing is the default: all operators and
+    entries, head size 64, bf16 for CUDA and fp32 for a CPU, chunk length 16, decay "loglog", the
+    dtype's own state dtype, layout "vk". archs are in slug form and have no default."""
+
+    archs: tuple[str, ...]
+    ops: tuple[str, ...] = ()
+    head_sizes: tuple[int, ...] = ()
+    dtypes: tuple[str, ...] = ()
+    chunk_lengths: tuple[int, ...] = ()
+    decays: tuple[str, ...] = ()
+    state_dtypes: tuple[str, ...] = ()
+    state_layouts: tuple[str, ...] = ()
+    entries: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What became of one kernel: "hit", "built" or "failed"; in a dry run "hit" or "missing"."""
+
+    identity: str
+    status: str
+    entry: CacheEntry | None = None
+    error: RwkvJitError | None = None
+
+
+def default_archs(settings: Settings) -> tuple[str, ...]:
+    """The architectures of the settings' list, else of the GPUs at hand, else of this CPU.
+
+    A list made for other programs may name GPUs that are too old; they are skipped with a warning.
+    An architecture without a suffix stands for what a device of it asks for (9.0 for sm90a).
+    """
+    if not settings.cuda_arch_list:
+        return gpu_archs() or (host_cpu_arch(),)
+    archs: list[str] = []
+    problem: ConfigError | None = None
+    for text in settings.cuda_arch_list:
+        try:
+            arch = parse_arch(text)
+        except ConfigError as error:
+            warnings.warn(f"rwkv_jit: {error}; it is skipped", RuntimeWarning, stacklevel=2)
+            problem = error
+            continue
+        if is_cuda(arch) and arch[-1].isdigit():
+            arch = cuda_arch_of_capability(*divmod(arch_number(arch), 10))
+        archs.append(arch)
+    if not archs and problem is not None:
+        raise problem
+    return tuple(dict.fromkeys(archs))
+
+
+def gpu_archs() -> tuple[str, ...]:
+    """The architectures of the GPUs that torch finds, the current one first."""
+    import torch  # noqa: PLC0415
+
+    if not torch.cuda.is_available():
+        return ()
+    devices = [torch.cuda.current_device(), *range(torch.cuda.device_count())]
+    capabilities = [torch.cuda.get_device_capability(device) for device in devices]
+    return tuple(dict.fromkeys(cuda_arch_of_capability(*pair) for pair in capabilities))
+
+
+def plan(choices: Choices) -> list[RenderedSource]:
+    """The sources of every kernel that is meant. Raises ConfigError for a combination that a named
+    operator has no kernel for, or, where no operator is named, that none has."""
+    specs = [get_spec(name) for name in choices.ops] or list(SPECS.values())
+    found: dict[str, RenderedSource] = {}
+    for config in _combinations(choices, specs[0].name):
+        refusals = []
+        for spec in specs:
+            try:
+                sources = _render_entries(spec, replace(config, op=spec.name), choices.entries)
+            except ConfigError as error:
+                refusals.append(error)
+                continue
+            found.update((source.identity, source) for source in sources)
+        if refusals and (choices.ops or len(refusals) == len(specs)):
+            raise refusals[0]
+    return list(found.values())
+
+
+def look_up(sources: Sequence[RenderedSource], settings: Settings) -> list[Outcome]:
+    """Which kernels exist ("hit") and which would be built ("missing"). Builds nothing."""
+    outcomes = []
+    for source in sources:
+        entry = _find(source, settings)
+        status = "missing" if entry is None else "hit"
+        outcomes.append(Outcome(identity=source.identity, status=status, entry=entry))
+    return outcomes
+
+
+def warm(
+    sources: Sequence[RenderedSource],
+    settings: Settings,
+    *,
+    force: bool = False,
+    jobs: int | None = None,
+    on_result: Callable[[], None] | None = None,
+) -> list[Outcome]:
+    """Build what does not exist, several at once. on_result: called as each kernel is done.
+    force: builds and replaces what exists, too."""
+    before = {entry.manifest.created for entry in Cache.open(settings).entries()}
+    results = build_many(
+        sources,
+        settings,
+        policy="always" if force else "auto",
+        jobs=jobs,
+        on_result=None if on_result is None else lambda _index, _result: on_result(),
+    )
+    outcomes = []
+    for source, result in zip(sources, results, strict=True):
+        if isinstance(result, RwkvJitError):
+            outcome = Outcome(identity=source.identity, status="failed", error=result)
+        else:
+            status = "hit" if result.manifest.created in before else "built"
+            outcome = Outcome(identity=source.identity, status=status, entry=result)
+        outcomes.append(outcome)
+    return outcomes
+
+
+def _combinations(choices: Choices, op: str) -> Iterator[OpConfig]:
+    for arch, head_size, chunk_length, decay, state_layout in itertools.product(
+        choices.archs,
+        choices.head_sizes or (DEFAULT_HEAD_SIZE,),
+        choices.chunk_lengths or (DEFAULT_CHUNK_LENGTH,),
+        choices.decays or ("loglog",),
+        choices.state_layouts or ("vk",),
+    ):
+        for dtype in choices.dtypes or ("bf16" if is_cuda(arch) else "fp32",):
+            for state_dtype in choices.state_dtypes or (default_state_dtype(dtype),):
+                yield OpConfig(
+                    op=op,
+                    head_size=head_size,
+                    dtype=dtype,
+                    chunk_length=chunk_length,
+                    arch=arch,
+                    decay=decay,
+                    state_dtype=state_dtype,
+                    state_layout=state_layout,
+                )
+
+
+def _render_entries(
+    spec: OpSpec, config: OpConfig, entries: tuple[str, ...]
+) -> list[RenderedSource]:
+    for entry in entries:
+        if entry not in spec.entries:
+            raise ConfigError(
+                f"{spec.name}: entry={entry!r} does not exist; "
+                f"choose from {', '.join(spec.entries)}"
+            )
+    return [render(spec, config, entry) for entry in entries or spec.entries]
+
+
+def _find(source: RenderedSource, settings: Settings) -> CacheEntry | None:
+    """What `obtain` would find without building."""
+    if settings.mode != "prebuilt":
+        with contextlib.suppress(ToolchainError):
+            toolchain = find_toolchain(source.config.arch, settings)
+            return Cache.open(settings).lookup(cache_key(source, toolchain).digest)
+    try:
+        return obtain(source, settings, policy="never")
+    except KernelMissingError:
+        return None

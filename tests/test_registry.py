@@ -1,0 +1,145 @@
+"""get_op: one object per configuration, cheap to ask for, and refusals that name the choices."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from comparing import random_call, reference, relative_rms
+from rwkv_jit import OpConfig, get_op, list_ops, registry
+from rwkv_jit.errors import ArgumentError, ConfigError, KernelMissingError
+from rwkv_jit.settings import Settings
+
+
+def test_the_same_configuration_is_the_same_object() -> None:
+    first = get_op(head_size=64, dtype=torch.float32, device="cpu")
+    assert get_op("wkv7", head_size=64, dtype=torch.float32, device="cpu") is first
+    assert get_op("wkv7", head_size=64, dtype=torch.float32, arch="cpu") is first
+    explicit = get_op(
+        "wkv7", head_size=64, dtype=torch.float32, device=torch.device("cpu"), chunk_length=16,
+        state_dtype=torch.float32,
+    )  # fmt: skip
+    assert explicit is first
+    assert get_op(head_size=32, dtype=torch.float32, device="cpu") is not first
+
+
+def test_a_hit_costs_at_most_five_microseconds() -> None:
+    def once() -> float:
+        begin = time.perf_counter()
+        for _ in range(1000):
+            get_op("wkv7", head_size=64, dtype=torch.float32, device="cpu")
+        return (time.perf_counter() - begin) / 1000
+
+    assert min(once() for _ in range(20)) < 5e-6
+
+
+def test_operators_are_listed() -> None:
+    assert "wkv7" in list_ops()
+
+
+def test_a_configuration_for_an_architecture_elsewhere_needs_no_gpu() -> None:
+    op = get_op(head_size=128, dtype=torch.bfloat16, arch="9.0a", decay="logit")
+    assert op.config == OpConfig.parse("wkv7_n128_bf16_l16_sm90a_logit")
+
+
+REFUSED = [
+    ({"name": "wkv9"}, "operator 'wkv9' does not exist; choose from wkv7"),
+    ({"head_size": 96, "arch": "9.0a"}, r"wkv7: head_size=96 is not supported on sm_90a; choose f"),
+    (
+        {"head_size": 12},
+        r"wkv7: head_size=12 is not supported on x86_64_v\d; choose from 8, 16",
+    ),
+    ({"head_size": 0}, "wkv7: head_size=0 must be a whole number from 1 to 256"),
+    ({"head_size": 64.0}, "wkv7: head_size=64.0 must be a whole number"),
+    ({"chunk_length": 24}, "wkv7: chunk_length=24 is not supported on .*; choose from 16, 32, 64"),
+    ({"dtype": torch.int8}, "dtype=torch.int8 is not supported; choose from bfloat16, float16"),
+    ({"dtype": torch.float64, "arch": "8.0"}, "wkv7: dtype=fp64 is not supported on sm_80; choose"),
+    ({"decay": "exp"}, "wkv7: decay='exp' is not known; choose from loglog, logit, log"),
+    ({"state_layout": "nv"}, "wkv7: state_layout='nv' is not known; choose from vk, kv"),
+    ({"state_dtype": torch.float64}, "wkv7: state_dtype='fp64' does not go with dtype='fp32'"),
+    ({"build": "maybe"}, "wkv7: build='maybe' is not known; choose from auto, never, always"),
+    ({"arch": "7.5"}, "arch='7.5' is too old; kernels need compute capability 8.0"),
+    ({"arch": "hopper"}, "arch='hopper' is not an architecture"),
+    ({"device": "mps", "arch": None}, "device='mps' is not supported; choose from cpu, cuda"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSED)
+def test_what_no_kernel_serves_is_refused_with_the_choices(
+    change: dict[str, object], message: str
+) -> None:
+    options = {"head_size": 64, "dtype": torch.float32, "arch": "cpu", **change}
+    with pytest.raises((ConfigError, ArgumentError), match=message):
+        get_op(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ConfigError, match="torch finds no GPU; pass arch="):
+        get_op(head_size=64, dtype=torch.float32, device="cuda")
+
+
+def test_never_building_is_an_error_that_names_the_command() -> None:
+    op = get_op(head_size=248, dtype=torch.float32, device="cpu", build="never")
+    x = torch.randn(1, 1, 1, 248)
+    with pytest.raises(KernelMissingError, match="rwkv-jit warm wkv7 --head-size 248 --dtype fp32"):
+        op(x, x, x, x, x, x)
+
+
+def test_info_says_what_it_is_and_where_it_came_from() -> None:
+    op = get_op(head_size=16, dtype=torch.float32, device="cpu")
+    op.load()
+    info = op.info()
+    assert info["slug"] == op.config.slug
+    assert set(info["kernels"]) == {"forward", "backward"}
+    for kernel in info["kernels"].values():
+        assert Path(kernel["library"]).is_file()
+        assert kernel["build_seconds"] > 0
+    json.dumps(info)
+
+
+def test_reference_mode_runs_the_recurrence_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(registry, "current_settings", lambda: Settings(mode="reference"))
+    registry._announce_reference.cache_clear()
+    # No kernel of this size is built anywhere in the tests.
+    op = get_op(head_size=88, dtype=torch.bfloat16, device="cpu", decay="log")
+    call = random_call(1, 5, 2, 88, w=torch.tensor(-0.5)).rounded(op)
+    with caplog.at_level(logging.WARNING, logger="rwkv_jit"):
+        for _ in range(2):
+            y, final = op(*call.tokens.values(), call.initial_state, True)
+    assert len(caplog.records) == 1
+    assert "RWKV_JIT_MODE=reference" in caplog.text
+    assert final is not None
+    assert (y.dtype, final.dtype) == (torch.bfloat16, torch.float32)
+    truth = reference(op, call, gradients=False)
+    assert relative_rms(y, truth["y"]) < 4e-3
+    assert relative_rms(final, truth["final_state"]) < 1e-5
+    assert not op.info()["kernels"]
+
+
+def test_first_use_in_a_warm_process_is_quick(session_cache: Path) -> None:
+    """At most 0.2 s beyond importing torch; more is allowed here for busy machines."""
+    op = get_op(head_size=64, dtype=torch.float32, device="cpu")
+    op.load(backward=False)
+    program = (
+        "import time, torch; begin = time.perf_counter();"
+        "from rwkv_jit import get_op; x = torch.randn(1, 4, 2, 64);"
+        "get_op(head_size=64, dtype=torch.float32, device='cpu')(x, x, x, x, x, x);"
+        "print(time.perf_counter() - begin)"
+    )
+    best = min(
+        float(
+            subprocess.run([sys.executable, "-c", program], check=True, capture_output=True).stdout
+        )
+        for _ in range(3)
+    )
+    assert best < 0.6

@@ -1,0 +1,121 @@
+"""The templates themselves: what they may use, and that they compile for every architecture."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+from pathlib import Path
+
+import jinja2
+import jinja2.meta
+import pytest
+
+from rwkv_jit.arch import CUDA_ARCHES, host_cpu_arch
+from rwkv_jit.build import kernel_resources
+from rwkv_jit.config import ENTRIES, OpConfig
+from rwkv_jit.errors import ToolchainError
+from rwkv_jit.ops import SPECS
+from rwkv_jit.render import render, template_dir, template_variables
+from rwkv_jit.settings import Settings
+from rwkv_jit.toolchain import find_toolchain
+
+CUDA_HEAD_SIZES = (16, 32, 64, 128, 256)
+
+
+def undeclared(name: str) -> set[str]:
+    """The variables of a template and of the templates that it includes."""
+    environment = jinja2.Environment(line_statement_prefix="//%")
+    tree = environment.parse((template_dir() / name).read_text())
+    found = set(jinja2.meta.find_undeclared_variables(tree))
+    for included in jinja2.meta.find_referenced_templates(tree):
+        assert included is not None
+        found |= undeclared(included)
+    return found
+
+
+def example_configs() -> list[OpConfig]:
+    """One configuration of each variant of each operator."""
+    return [
+        OpConfig(
+            op=spec.name,
+            head_size=variant.head_sizes[0],
+            dtype=variant.dtypes[0],
+            chunk_length=variant.chunk_lengths[0],
+            arch=f"sm{variant.min_arch}" if variant.min_arch else host_cpu_arch(),
+        )
+        for spec in SPECS.values()
+        for variant in spec.variants
+    ]
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("config", example_configs(), ids=lambda config: config.slug)
+def test_a_template_uses_exactly_what_the_renderer_passes(config: OpConfig, entry: str) -> None:
+    spec = SPECS[config.op]
+    passed = template_variables(spec, config, entry, "identity")
+    assert undeclared(spec.variant(config, entry).template) == set(passed)
+    assert all(isinstance(value, int | str) for value in passed.values())
+
+
+def test_templates_are_almost_free_of_jinja_control_flow() -> None:
+    for path in template_dir().glob("*"):
+        if path.is_file():
+            lines = path.read_text().splitlines()
+            control = sum(line.lstrip().startswith("//%") for line in lines)
+            assert control <= 0.05 * len(lines), path.name
+
+
+def test_template_files_are_short_and_narrow() -> None:
+    for path in template_dir().rglob("*"):
+        if path.is_file():
+            lines = path.read_text().splitlines()
+            assert len(lines) <= 400, path.name
+            assert all(len(line) <= 100 for line in lines), path.name
+
+
+def test_a_rendered_source_is_one_file_of_system_headers_only() -> None:
+    for config, entry in itertools.product(example_configs(), ENTRIES):
+        source = render(SPECS[config.op], config, entry)
+        includes = [line for line in source.text.splitlines() if line.startswith("#include")]
+        assert includes
+        assert all(line.startswith("#include <") for line in includes)
+        assert not any("torch" in line or "Python.h" in line for line in includes)
+        assert f'return "{config.slug}.{entry}";' in source.text
+
+
+def compile_cuda(config: OpConfig, entry: str, folder: Path) -> dict[str, dict[str, int]]:
+    """Compile for real and return the compiler's report of each kernel."""
+    try:
+        toolchain = find_toolchain(config.arch, Settings())
+    except ToolchainError as error:
+        pytest.skip(f"no CUDA compiler: {error}")
+    source = folder / "kernel.cu"
+    source.write_text(render(SPECS[config.op], config, entry).text)
+    command = [
+        str(toolchain.nvcc), "-ccbin", str(toolchain.host_compiler), *toolchain.code_flags,
+        "-Werror", "all-warnings", "-cubin", "-o", str(folder / "kernel.cubin"), str(source),
+    ]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return kernel_resources(result.stdout + result.stderr)
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize(
+    ("arch", "size", "dtype"),
+    [
+        *((arch, 64, "bf16") for arch in CUDA_ARCHES),
+        *(("sm80", size, "fp16") for size in CUDA_HEAD_SIZES),
+        ("sm90a", 128, "fp32"),
+    ],
+)
+def test_every_cuda_template_compiles_without_spills(
+    arch: str, size: int, dtype: str, entry: str, tmp_path: Path
+) -> None:
+    config = OpConfig(op="wkv7", head_size=size, dtype=dtype, chunk_length=16, arch=arch)
+    report = compile_cuda(config, entry, tmp_path)
+    assert report
+    for name, resources in report.items():
+        assert resources["spill_stores"] == 0, name
+        assert resources["spill_loads"] == 0, name
+        assert 0 < resources["registers"] <= 255, name
