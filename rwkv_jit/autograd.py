@@ -178,6 +178,6 @@ def _differentiable(
             )
 
     def differentiable(slug: str, wanted: tuple[bool, ...], *tensors: Any) -> Any:
-        return Differentiable.apply(slug, wanted, *tensors)
+        return Differentiable.apply(slug, wanted, *tensors)  # type: ignore[no-untyped-call]
 
     return differentiable
