@@ -36,8 +36,11 @@ def _dtype(rule: str, config: OpConfig, tensors: Tensors) -> torch.dtype:
     return TORCH_DTYPES[rule]
 
 
-def entry_sizes(entry: EntrySpec, config: OpConfig, tensors: Tensors) -> dict[str, int]:
-    """B, T, H, N, S and C of a call, from its first tensor and cu_seqlens."""
+def entry_sizes(entry: EntrySpec, spacing: int, tensors: Tensors) -> dict[str, int]:
+    """B, T, H, N, S and C of a call, from its first tensor and cu_seqlens.
+
+    spacing: tokens between two state checkpoints.
+    """
     first = tensors[entry.inputs[0].name]
     assert first is not None, "a required input"
     batch, length, heads, size = first.shape
@@ -49,7 +52,7 @@ def entry_sizes(entry: EntrySpec, config: OpConfig, tensors: Tensors) -> dict[st
         "H": heads,
         "N": size,
         "S": sequences,
-        "C": batch * length // config.chunk_length + sequences,
+        "C": batch * length // spacing + sequences,
     }
 
 

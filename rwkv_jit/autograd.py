@@ -18,7 +18,7 @@ from .config import OpConfig
 from .launch import launchable
 from .loader import KERNELS
 from .ops import get_spec
-from .spec import EntrySpec, OpSpec, TensorSpec
+from .spec import KernelVariant, OpSpec, TensorSpec
 
 _LIBRARY = torch.library.Library("rwkv_jit", "DEF")
 
@@ -56,7 +56,7 @@ def _register(spec: OpSpec, entry_name: str) -> Callable[..., Sequence[torch.Ten
         return _run(spec, entry_name, call)
 
     def fake(*call: Any) -> tuple[torch.Tensor, ...]:
-        return _Call(entry, call).allocate()
+        return _Call(spec, entry_name, call).allocate()
 
     for key in ("CPU", "CUDA"):
         _LIBRARY.impl(name, run, key)
@@ -68,7 +68,8 @@ def _register(spec: OpSpec, entry_name: str) -> Callable[..., Sequence[torch.Ten
 class _Call:
     """The arguments of one registered op, taken apart."""
 
-    def __init__(self, entry: EntrySpec, call: Sequence[Any]) -> None:
+    def __init__(self, spec: OpSpec, entry_name: str, call: Sequence[Any]) -> None:
+        entry = spec.entries[entry_name]
         count = len(entry.inputs)
         self.entry = entry
         self.tensors: dict[str, torch.Tensor | None] = {
@@ -77,7 +78,8 @@ class _Call:
         self.slug: str = call[count]
         self.config = _parse(self.slug)
         self.wanted = dict(zip(entry.optional_outputs, call[count + 1 :], strict=True))
-        self.sizes = entry_sizes(entry, self.config, self.tensors)
+        self.variant, spacing = _variant(spec.name, self.slug, entry_name)
+        self.sizes = entry_sizes(entry, spacing, self.tensors)
 
     def allocate(self) -> tuple[torch.Tensor, ...]:
         """Every output, uninitialised; with no elements where it is not wanted."""
@@ -99,14 +101,20 @@ def _parse(slug: str) -> OpConfig:
     return OpConfig.parse(slug)
 
 
+@functools.cache
+def _variant(name: str, slug: str, entry: str) -> tuple[KernelVariant, int]:
+    spec, config = get_spec(name), _parse(slug)
+    return spec.variant(config, entry), spec.checkpoint_spacing(config, entry)
+
+
 def _run(spec: OpSpec, entry_name: str, arguments: Sequence[Any]) -> tuple[torch.Tensor, ...]:
-    call = _Call(spec.entries[entry_name], arguments)
+    call = _Call(spec, entry_name, arguments)
     kernel = KERNELS.get(call.slug, entry_name)
     outputs = call.allocate()
     tensors = {name: launchable(tensor) for name, tensor in call.tensors.items()}
     for output, tensor in zip(call.entry.outputs, outputs, strict=True):
         tensors[output.name] = tensor if call.wanted.get(output.name, True) else None
-    for scratch in spec.variant(call.config, entry_name).scratch:
+    for scratch in call.variant.scratch:
         tensors[scratch.name] = call.empty(scratch)
     kernel.launch(tensors, call.sizes)
     return outputs

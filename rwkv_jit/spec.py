@@ -19,7 +19,7 @@ class TensorSpec:
     """One tensor of an entry.
 
     shape: letters: B batch, S sequences, T tokens, H heads, N head size, L chunk length and
-        C state checkpoints, which are B * T // L + S.
+        C state checkpoints, which are B * T // spacing + S.
     dtype: the dtypes that it may have: "op" (the operator's), "state", "accumulator" (float32, or
         float64 for a float64 operator), "like:<tensor>", or a dtype's name. Where there are
         several, the argument block says at run time which one it is.
@@ -59,6 +59,8 @@ class KernelVariant:
     min_arch: smallest compute capability (major * 10 + minor), or 0 for a CPU template.
     constants: further values of the template's prelude, by name, worked out from the configuration.
     scratch: tensors that the launcher needs and nobody sees.
+    checkpoint_tokens: tokens between two state checkpoints; 0 is the chunk length. The forward and
+        backward variants of a configuration have the same.
     """
 
     entry: str
@@ -69,6 +71,7 @@ class KernelVariant:
     chunk_lengths: tuple[int, ...]
     constants: Callable[[OpConfig], Mapping[str, int]]
     scratch: tuple[TensorSpec, ...] = ()
+    checkpoint_tokens: int = 0
 
     def runs_on(self, arch: str) -> bool:
         """Whether this variant's template compiles for `arch`."""
@@ -120,8 +123,12 @@ class OpSpec:
                 f"{self.name}: state_dtype={config.state_dtype!r} does not go with "
                 f"dtype={config.dtype!r}; float64 operators keep float64 states, others do not"
             )
-        for entry in self.entries:
-            self.variant(config, entry)
+        spacings = {self.checkpoint_spacing(config, entry) for entry in self.entries}
+        assert len(spacings) == 1, "both entries share the checkpoints"
+
+    def checkpoint_spacing(self, config: OpConfig, entry: str) -> int:
+        """Tokens between two state checkpoints."""
+        return self.variant(config, entry).checkpoint_tokens or config.chunk_length
 
     def _refusal(self, config: OpConfig, here: list[KernelVariant]) -> str:
         shown = f"sm_{config.arch[2:]}" if is_cuda(config.arch) else config.arch

@@ -81,6 +81,23 @@ _DSTATE = TensorSpec(
 )
 
 
+# On tensor cores. Checkpoints stand before each span of four chunks, prepared together by a block.
+_SPAN = 64
+
+
+def _chunked(entry: str) -> KernelVariant:
+    return KernelVariant(
+        entry=entry,
+        template=f"wkv7_chunked_{entry}.cu",
+        min_arch=80,
+        head_sizes=(64,),
+        dtypes=("bf16",),
+        chunk_lengths=(16,),
+        constants=lambda _config: {"checkpoint_tokens": _SPAN},
+        checkpoint_tokens=_SPAN,
+    )
+
+
 def _variants() -> tuple[KernelVariant, ...]:
     cpu = [
         KernelVariant(
@@ -116,7 +133,8 @@ def _variants() -> tuple[KernelVariant, ...]:
         )
         for head_sizes, scratch in (((16, 32, 64), ()), ((128, 256), (_DSTATE,)))
     ]
-    return (*cpu, forward, *backward)
+    chunked = [_chunked(entry) for entry in ("forward", "backward")]
+    return (*cpu, *chunked, forward, *backward)
 
 
 WKV7 = OpSpec(

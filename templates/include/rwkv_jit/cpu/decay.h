@@ -48,7 +48,8 @@ struct Exponential {
 };
 
 // A token's decay factor d, as keep + change with keep 0 or 1: the state is advanced as
-// keep * S + (change * S + ...), which loses no digits of d near 1 or of the rest where d is near 0.
+// keep * S + (change * S + ...), which loses no digits of d near 1, or of the rest where d is near
+// 0.
 // slope is dd/dw.
 template <DecayKind KIND, typename Real, int BYTES>
 struct Decay {

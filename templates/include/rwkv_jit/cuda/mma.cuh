@@ -31,6 +31,13 @@ __device__ __forceinline__ void mma(Accumulator& sum, const Operand& a, uint32_t
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b_low), "r"(b_high));
 }
 
+// Two products side by side: the second operand's upper half belongs to `left`.
+__device__ __forceinline__ void mma_pair(Accumulator& left, Accumulator& right, const Operand& a,
+                                         const Operand& b) {
+  mma(left, a, b[0], b[2]);
+  mma(right, a, b[1], b[3]);
+}
+
 // Two 16 x 8 accumulators side by side, rounded to an operand.
 __device__ __forceinline__ void to_operand(const Accumulator& left, const Accumulator& right,
                                            Operand& operand) {
@@ -62,6 +69,14 @@ __device__ __forceinline__ void load_transposed(const __nv_bfloat16* block, Oper
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(operand[0]), "=r"(operand[1]), "=r"(operand[2]), "=r"(operand[3])
                : "r"(shared_address(row)));
+}
+
+// The transpose of a 16 x 16 operand, without shared memory.
+__device__ __forceinline__ void transpose(const Operand& from, Operand& to) {
+  constexpr int SOURCES[4] = {0, 2, 1, 3};
+#pragma unroll
+  for (int at = 0; at < 4; ++at)
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(to[at]) : "r"(from[SOURCES[at]]));
 }
 
 // Sixteen bytes to shared memory, or zeros where `valid` is false; not there before copies_done().
