@@ -18,6 +18,12 @@ MIN_CUDA_ARCH = 80
 # The architectures that every CUDA template is compiled for in the tests.
 CUDA_ARCHES = ("sm80", "sm86", "sm89", "sm90a", "sm100", "sm120")
 
+# Embedded GPUs run no binaries of the others of their major version, nor the others theirs.
+_EMBEDDED = (87, 88, 101, 110)
+# Shared memory that a block may have, in KiB, where it is not what data-centre parts have had since
+# compute capability 9.0 (CUDA C++ Programming Guide, technical specifications).
+_SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 120: 99, 121: 99}
+
 _CUDA_PATTERN = re.compile(r"(?:sm_?)?(\d+)\.?(\d)([af]?)")
 # Flags of /proc/cpuinfo that each level adds to the one before it.
 _X86_LEVELS = (
@@ -62,12 +68,34 @@ def arch_number(arch: str) -> int:
     return int(arch[2:].rstrip("af")) if is_cuda(arch) else 0
 
 
+def shared_memory(arch: str) -> int:
+    """Bytes of shared memory that a block may have; 0 for a CPU."""
+    return _SHARED_KIB.get(arch_number(arch), 227) * 1024 if is_cuda(arch) else 0
+
+
 def display_arch(arch: str) -> str:
     """The form that users write: `sm90a` as "9.0a"; CPU architectures as they are."""
     if not is_cuda(arch):
         return arch
     number, suffix = arch_number(arch), arch[len(arch.rstrip("af")) :]
     return f"{number // 10}.{number % 10}{suffix}"
+
+
+def binary_runs_on(built: str, arch: str) -> bool:
+    """Whether a binary built for one architecture runs where `arch` is asked for, without being
+    compiled again: on a CPU of the same or a higher level; on a GPU of the same major version and
+    the same or a higher minor one, but one built for an "a" architecture nowhere else."""
+    if built == arch:
+        return True
+    if is_cuda(built) != is_cuda(arch):
+        return False
+    if not is_cuda(arch):
+        levels = [name for name, _ in _X86_LEVELS]
+        return built in levels and arch in levels and levels.index(built) < levels.index(arch)
+    have, need = arch_number(built), arch_number(arch)
+    if built.endswith("a") or have // 10 != need // 10 or have > need:
+        return False
+    return have == need or not {have, need} & set(_EMBEDDED)
 
 
 @functools.cache

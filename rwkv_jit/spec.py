@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from .arch import arch_number, is_cuda
+from .arch import arch_number, is_cuda, shared_memory
 from .config import OpConfig
 from .errors import ConfigError
 
@@ -59,6 +59,7 @@ class KernelVariant:
     min_arch: smallest compute capability (major * 10 + minor), or 0 for a CPU template.
     constants: further values of the template's prelude, by name, worked out from the configuration.
     scratch: tensors that the launcher needs and nobody sees.
+    shared_bytes: shared memory of a block; architectures whose blocks have less are not served.
     checkpoint_tokens: tokens between two state checkpoints; 0 is the chunk length. The forward and
         backward variants of a configuration have the same.
     """
@@ -71,13 +72,14 @@ class KernelVariant:
     chunk_lengths: tuple[int, ...]
     constants: Callable[[OpConfig], Mapping[str, int]]
     scratch: tuple[TensorSpec, ...] = ()
+    shared_bytes: int = 0
     checkpoint_tokens: int = 0
 
     def runs_on(self, arch: str) -> bool:
-        """Whether this variant's template compiles for `arch`."""
+        """Whether this variant's kernel runs on `arch`."""
         if is_cuda(arch) != (self.min_arch > 0):
             return False
-        return arch_number(arch) >= self.min_arch
+        return arch_number(arch) >= self.min_arch and self.shared_bytes <= shared_memory(arch)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,6 +4,7 @@ using StateElement = rwkv_jit::{{state_dtype}};
 constexpr auto DECAY = static_cast<rwkv_jit::DecayKind>({{decay}});
 constexpr int WARPS = 4;
 constexpr int SPAN = {{checkpoint_tokens}};  // tokens between two checkpoints
+constexpr int SHARED_BYTES = {{shared_bytes}};
 static_assert(sizeof(rwkv_jit::{{dtype}}) == 2 && N == rwkv_jit::CHANNELS);
 static_assert(L == rwkv_jit::TOKENS && SPAN == WARPS * L);
 

@@ -27,15 +27,28 @@ enum Triangle { AB, AK, QB, QK, TRIANGLES };
 
 struct Shared {
   Chunk chunks[WARPS];
-  Raw raw[WARPS];
-  bf16 v[SPAN][ROW], dy[SPAN][ROW];
-  bf16 state[WARPS][N][ROW];       // before each chunk, [value, key]
-  bf16 u[WARPS][N][PADDED];        // U of each chunk, [value, token]
   bf16 qb[WARPS][TOKENS][PADDED];  // A_qb of each chunk
-  bf16 d[N][ROW];                  // D after the chunk at hand, [value, key]
-  bf16 dx[N][PADDED];              // dX of the chunk at hand, [value, token]
-  bf16 triangles[TRIANGLES][TOKENS][PADDED];
+  bf16 v[SPAN][ROW], dy[SPAN][ROW];
+  union {
+    Raw raw[WARPS];  // until the chunks are prepared
+    struct {
+      bf16 state[WARPS - 1][N][ROW];  // before each chunk but the first, [value, key]
+      bf16 d[N][ROW];                 // D after the chunk at hand, [value, key]
+      bf16 u[N][PADDED];              // U of the chunk at hand, [value, token]
+      bf16 dx[N][PADDED];             // its dX
+    };
+  };
+
+  // The first chunk's state takes the place of the second's, which then is done with.
+  __device__ __forceinline__ bf16 (*state_before(int at))
+      [ROW] { return state[at > 0 ? at - 1 : 0]; }
+  // The gradients of the triangles take the place of K'', which then is done with.
+  __device__ __forceinline__ bf16* triangle(int at, int which) {
+    return &chunks[at].k[0][0] + which * TOKENS * PADDED;
+  }
 };
+static_assert(sizeof(Chunk::k) + sizeof(Chunk::b) >= TRIANGLES * TOKENS * PADDED * 2,
+              "the triangles fit over K'' and B^");
 
 __device__ __forceinline__ int own_value() { return threadIdx.x / 32 * 16; }
 
@@ -68,10 +81,9 @@ __device__ __forceinline__ void step_state(Accumulator (&state)[8], const Chunk&
   }
 }
 
-// The state through one chunk: keeps the state before it and U.
+// The state through one chunk.
 __device__ __forceinline__ void scan_forward(Shared& shared, int at, Accumulator (&state)[8]) {
   const Chunk& chunk = shared.chunks[at];
-  store_rows(state, shared.state[at]);
   Accumulator u[2] = {};
   Operand values, rows, block;
   load_transposed<ROW>(&shared.v[at * TOKENS][own_value()], values);
@@ -84,10 +96,24 @@ __device__ __forceinline__ void scan_forward(Shared& shared, int at, Accumulator
   Operand scanned;
   to_operand(u[0], u[1], scanned);
   step_state(state, chunk, scanned, chunk.b, values, chunk.k);
-  load_transposed<TOKENS>(chunk.solved[TOKENS], block);
-  mma_pair(u[0], u[1], values, block);
-  store_tile<PADDED>(u[0], &shared.u[at][own_value()][0]);
-  store_tile<PADDED>(u[1], &shared.u[at][own_value()][8]);
+}
+
+// U of this warp's values, from the state before the chunk.
+__device__ __forceinline__ void store_u(Shared& shared, int at) {
+  const Chunk& chunk = shared.chunks[at];
+  Accumulator u[2] = {};
+  Operand left, right;
+#pragma unroll
+  for (int step = 0; step < 4; ++step) {
+    load_block<ROW>(&shared.state_before(at)[own_value()][16 * step], left);
+    load_block<ROW>(&chunk.w[0][16 * step], right);
+    mma_pair(u[0], u[1], left, right);
+  }
+  load_transposed<ROW>(&shared.v[at * TOKENS][own_value()], left);
+  load_transposed<TOKENS>(chunk.solved[TOKENS], right);
+  mma_pair(u[0], u[1], left, right);
+  store_tile<PADDED>(u[0], &shared.u[own_value()][0]);
+  store_tile<PADDED>(u[1], &shared.u[own_value()][8]);
 }
 
 // D back through one chunk: dV, and for the gradients D after the chunk and dX.
@@ -147,7 +173,7 @@ __device__ __forceinline__ void triangle_gradient(Shared& shared, int at) {
       load_block<ROW>(&shared.dy[at * TOKENS][16 * step], left);
     }
     if (which == AB || which == QB) {
-      load_transposed<PADDED>(&shared.u[at][16 * step][0], right);
+      load_transposed<PADDED>(&shared.u[16 * step][0], right);
     } else {
       load_block<ROW>(&shared.v[at * TOKENS][16 * step], right);
     }
@@ -158,12 +184,12 @@ __device__ __forceinline__ void triangle_gradient(Shared& shared, int at) {
   } else {
     lower_triangle<false>(sum);
   }
-  store_tile<PADDED>(sum[0], &shared.triangles[which][0][0]);
-  store_tile<PADDED>(sum[1], &shared.triangles[which][0][8]);
+  store_tile<PADDED>(sum[0], shared.triangle(at, which));
+  store_tile<PADDED>(sum[1], shared.triangle(at, which) + 8);
 }
 
 // sum over values of S0 D, for this lane's four channels, in every lane of a column.
-__device__ __forceinline__ void state_overlap(const Shared& shared, int at, float (&overlap)[4]) {
+__device__ __forceinline__ void state_overlap(Shared& shared, int at, float (&overlap)[4]) {
   const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
 #pragma unroll
   for (int x = 0; x < 4; ++x) overlap[x] = 0.0f;
@@ -172,7 +198,8 @@ __device__ __forceinline__ void state_overlap(const Shared& shared, int at, floa
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
       const int column = 8 * (2 * warp + side) + 2 * q;
-      const uint32_t s = *reinterpret_cast<const uint32_t*>(&shared.state[at][value][column]);
+      const uint32_t s =
+          *reinterpret_cast<const uint32_t*>(&shared.state_before(at)[value][column]);
       const uint32_t d = *reinterpret_cast<const uint32_t*>(&shared.d[value][column]);
       overlap[2 * side] = fmaf(low_of(s), low_of(d), overlap[2 * side]);
       overlap[2 * side + 1] = fmaf(high_of(s), high_of(d), overlap[2 * side + 1]);
@@ -207,23 +234,23 @@ __device__ __forceinline__ void store_gradient(void* to, int64_t first, int64_t 
 
 // Gradients of r, w, k, a and b for this warp's sixteen channels of a chunk.
 __device__ __forceinline__ void channel_gradients(const Arguments& args, int64_t first, int64_t end,
-                                                  int64_t head, Shared& shared, int at) {
+                                                  int64_t head, Shared& shared, int at,
+                                                  const Loaded& loaded) {
   const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, key = warp * 16;
-  const Raw& raw = shared.raw[at];
   const bool valid[2] = {first + g < end, first + g + 8 < end};
   Factors factors;
-  factors.load<DECAY>(raw, args.w_dtype == FP32, warp, valid);
+  factors.load<DECAY>(loaded.w, valid);
   Factored r, k, a, b;
-  r.set(raw.r, warp, factors.p, factors.bounded);
-  a.set(raw.a, warp, factors.p_before, factors.bounded_before);
-  k.set(raw.k, warp, factors.to_end, factors.to_middle);
-  b.set(raw.b, warp, factors.to_end, factors.to_middle);
+  r.set(loaded.r, factors.p, factors.bounded);
+  a.set(loaded.a, factors.p_before, factors.bounded_before);
+  k.set(loaded.k, factors.to_end, factors.to_middle);
+  b.set(loaded.b, factors.to_end, factors.to_middle);
 
   Accumulator dr_state[2] = {}, da_state[2] = {}, dk_state[2] = {}, db_state[2] = {};
 #pragma unroll
   for (int step = 0; step < 4; ++step) {
     Operand left, right;
-    load_transposed<ROW>(&shared.state[at][16 * step][key], right);
+    load_transposed<ROW>(&shared.state_before(at)[16 * step][key], right);
     load_block<ROW>(&shared.dy[at * TOKENS][16 * step], left);
     mma_pair(dr_state[0], dr_state[1], left, right);
     load_transposed<PADDED>(&shared.dx[16 * step][0], left);
@@ -231,7 +258,7 @@ __device__ __forceinline__ void channel_gradients(const Arguments& args, int64_t
     load_transposed<ROW>(&shared.d[16 * step][key], right);
     load_block<ROW>(&shared.v[at * TOKENS][16 * step], left);
     mma_pair(dk_state[0], dk_state[1], left, right);
-    load_transposed<PADDED>(&shared.u[at][16 * step][0], left);
+    load_transposed<PADDED>(&shared.u[16 * step][0], left);
     mma_pair(db_state[0], db_state[1], left, right);
   }
   Accumulator dr[2] = {}, da[2] = {}, dk[2] = {}, db[2] = {};
@@ -239,26 +266,26 @@ __device__ __forceinline__ void channel_gradients(const Arguments& args, int64_t
     Operand left, k_turned, b_turned;
     transpose(k.triangle, k_turned);
     transpose(b.triangle, b_turned);
-    load_block<PADDED>(&shared.triangles[QB][0][0], left);
+    load_block<PADDED>(shared.triangle(at, QB), left);
     mma_pair(dr[0], dr[1], left, b_turned);
-    load_block<PADDED>(&shared.triangles[QK][0][0], left);
+    load_block<PADDED>(shared.triangle(at, QK), left);
     mma_pair(dr[0], dr[1], left, k_turned);
-    load_block<PADDED>(&shared.triangles[AB][0][0], left);
+    load_block<PADDED>(shared.triangle(at, AB), left);
     mma_pair(da[0], da[1], left, b_turned);
-    load_block<PADDED>(&shared.triangles[AK][0][0], left);
+    load_block<PADDED>(shared.triangle(at, AK), left);
     mma_pair(da[0], da[1], left, k_turned);
   }
   {
     Operand left, r_turned, a_turned;
     transpose(r.triangle, r_turned);
     transpose(a.triangle, a_turned);
-    load_transposed<PADDED>(&shared.triangles[QB][0][0], left);
+    load_transposed<PADDED>(shared.triangle(at, QB), left);
     mma_pair(db[0], db[1], left, r_turned);
-    load_transposed<PADDED>(&shared.triangles[AB][0][0], left);
+    load_transposed<PADDED>(shared.triangle(at, AB), left);
     mma_pair(db[0], db[1], left, a_turned);
-    load_transposed<PADDED>(&shared.triangles[QK][0][0], left);
+    load_transposed<PADDED>(shared.triangle(at, QK), left);
     mma_pair(dk[0], dk[1], left, r_turned);
-    load_transposed<PADDED>(&shared.triangles[AK][0][0], left);
+    load_transposed<PADDED>(shared.triangle(at, AK), left);
     mma_pair(dk[0], dk[1], left, a_turned);
   }
 
@@ -324,7 +351,18 @@ __device__ __forceinline__ void channel_gradients(const Arguments& args, int64_t
   finish(args.db, db_state, db, factors.to_end, factors.to_middle);
 }
 
-__global__ void __launch_bounds__(WARPS * 32, 1) backward_kernel(const Arguments args) {
+__device__ __forceinline__ void load_checkpoint(const Arguments& args, int64_t head, int64_t place,
+                                                Accumulator (&state)[8]) {
+  const float4* checkpoint = checkpoint_place(args, head, place);
+#pragma unroll
+  for (int tile = 0; tile < 8; ++tile) {
+    const float4 four = checkpoint[tile * 32];
+    state[tile][0] = four.x, state[tile][1] = four.y;
+    state[tile][2] = four.z, state[tile][3] = four.w;
+  }
+}
+
+__global__ void __launch_bounds__(WARPS * 32, 2) backward_kernel(const Arguments args) {
   extern __shared__ __align__(16) char shared_bytes[];
   Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
   const int warp = threadIdx.x / 32;
@@ -335,43 +373,42 @@ __global__ void __launch_bounds__(WARPS * 32, 1) backward_kernel(const Arguments
 
   Accumulator d[8];
   load_state(args.dfinal_state, head_index, d);
-  if (spans > 0)
-    fetch(args, sequence.begin + (spans - 1) * SPAN + warp * TOKENS, sequence.end, head,
-          shared.raw[warp]);
   for (int64_t span = spans - 1; span >= 0; --span) {
     const int64_t first = sequence.begin + span * SPAN;
-    copies_done();
-    __syncthreads();  // and the last span's readers are done
-    copy_rows(args.v, args.H, first, sequence.end, head, shared.v);
-    copy_rows(args.dy, args.H, first, sequence.end, head, shared.dy);
-    Accumulator state[8];
-    const float4* checkpoint = checkpoint_place(args, head, sequence.first_checkpoint + span);
-#pragma unroll
-    for (int tile = 0; tile < 8; ++tile) {
-      const float4 four = checkpoint[tile * 32];
-      state[tile][0] = four.x, state[tile][1] = four.y;
-      state[tile][2] = four.z, state[tile][3] = four.w;
-    }
-    prepare<DECAY>(args.w_dtype == FP32, first + warp * TOKENS, sequence.end, shared.raw[warp],
-                   shared.chunks[warp], &shared.qb[warp][0][0]);
-    copies_done();
-    __syncthreads();
     const int64_t left = sequence.end - first;
     const int chunks = left >= SPAN ? WARPS : static_cast<int>(left + TOKENS - 1) / TOKENS;
-    for (int at = 0; at < chunks; ++at) scan_forward(shared, at, state);
+    const int64_t place = sequence.first_checkpoint + span;
+    fetch(args, first + warp * TOKENS, sequence.end, head, shared.raw[warp]);
+    copy_rows(args.v, args.H, first, sequence.end, head, shared.v);
+    copy_rows(args.dy, args.H, first, sequence.end, head, shared.dy);
+    copies_done();
+    __syncthreads();
+    prepare<DECAY>(args, first + warp * TOKENS, sequence.end, head, shared.raw[warp],
+                   shared.chunks[warp], &shared.qb[warp][0][0]);
+    __syncthreads();  // the chunks are there, and nobody needs the raw tensors
+    Accumulator state[8];
+    load_checkpoint(args, head, place, state);
+    for (int at = 0; at + 1 < chunks; ++at) {
+      scan_forward(shared, at, state);
+      store_rows(state, shared.state_before(at + 1));
+    }
     for (int at = chunks - 1; at >= 0; --at) {
       const int64_t token = first + at * TOKENS;
+      if (at == 0) {
+        load_checkpoint(args, head, place, state);
+        store_rows(state, shared.state_before(0));
+      }
+      __syncwarp();  // the warp's rows of the state before the chunk are there
+      store_u(shared, at);
       scan_backward(args, token, sequence.end, head, shared, at, d);
-      __syncthreads();  // D and dX of all rows are there
+      Loaded loaded;
+      loaded.load(args, token, sequence.end, head);
+      __syncthreads();  // D, U and dX of all rows are there
       triangle_gradient(shared, at);
       __syncthreads();
-      channel_gradients(args, token, sequence.end, head, shared, at);
+      channel_gradients(args, token, sequence.end, head, shared, at, loaded);
       __syncthreads();  // their readers are done
-      if (warp == at && span > 0) fetch(args, token - SPAN, sequence.end, head, shared.raw[at]);
     }
-    // The chunks that a short last span lacks are there in the span before it.
-    if (warp >= chunks && span > 0)
-      fetch(args, first - SPAN + warp * TOKENS, sequence.end, head, shared.raw[warp]);
   }
   store_state(d, args.dinitial_state, head_index);
 }
@@ -382,6 +419,7 @@ RWKV_JIT_EXPORT int rwkv_jit_launch(const Arguments* args) {
   const int64_t blocks = args->S * args->H;
   if (blocks == 0) return cudaSuccess;
   const int bytes = sizeof(Shared);
+  static_assert(sizeof(Shared) == SHARED_BYTES, "the spec knows how much it is");
   const cudaError_t error =
       cudaFuncSetAttribute(backward_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;

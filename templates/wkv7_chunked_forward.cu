@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(WARPS * 32, 2) forward_kernel(const Arguments 
     copies_done();
     __syncthreads();  // and the last span's readers are done
     copy_rows(args.v, args.H, first, sequence.end, head, shared.v);
-    prepare<DECAY>(args.w_dtype == FP32, own, sequence.end, shared.raw[warp], shared.chunks[warp]);
+    prepare<DECAY>(args, own, sequence.end, head, shared.raw[warp], shared.chunks[warp]);
     copies_done();
     __syncthreads();
     fetch(args, own + SPAN, sequence.end, head, shared.raw[warp]);
@@ -113,6 +113,7 @@ RWKV_JIT_EXPORT int rwkv_jit_launch(const Arguments* args) {
   const int64_t blocks = args->S * args->H;
   if (blocks == 0) return cudaSuccess;
   const int bytes = sizeof(Shared);
+  static_assert(sizeof(Shared) == SHARED_BYTES, "the spec knows how much it is");
   const cudaError_t error =
       cudaFuncSetAttribute(forward_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;

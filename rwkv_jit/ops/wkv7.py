@@ -83,6 +83,7 @@ _DSTATE = TensorSpec(
 
 # On tensor cores. Checkpoints stand before each span of four chunks, prepared together by a block.
 _SPAN = 64
+_CHUNKED_BYTES = {"forward": 102_400, "backward": 114_688}
 
 
 def _chunked(entry: str) -> KernelVariant:
@@ -93,7 +94,12 @@ def _chunked(entry: str) -> KernelVariant:
         head_sizes=(64,),
         dtypes=("bf16",),
         chunk_lengths=(16,),
-        constants=lambda _config: {"checkpoint_tokens": _SPAN},
+        constants=lambda _config: {
+            "checkpoint_tokens": _SPAN,
+            "shared_bytes": _CHUNKED_BYTES[entry],
+        },
+        # One limit for both: the entries share their checkpoints.
+        shared_bytes=max(_CHUNKED_BYTES.values()),
         checkpoint_tokens=_SPAN,
     )
 

@@ -56,28 +56,22 @@ __device__ __forceinline__ float log2_decay(float w) {
   return fmaxf(log_d, -1e4f);
 }
 
-// A chunk's tensors as they lie in memory; zeros for tokens that are not there.
+// A chunk's tensors as they lie in memory; zeros for tokens that are not there. A w of float32 is
+// read from where it is.
 struct Raw {
-  bf16 r[TOKENS][ROW], k[TOKENS][ROW], a[TOKENS][ROW], b[TOKENS][ROW];
-  union {
-    bf16 w[TOKENS][ROW];
-    float wide_w[TOKENS][CHANNELS + 4];
-  };
+  bf16 r[TOKENS][ROW], k[TOKENS][ROW], a[TOKENS][ROW], b[TOKENS][ROW], w[TOKENS][ROW];
 };
 
-// Asks for the rows of one tensor, by one warp; Element is what the tensor holds.
-template <typename Element, int COLUMNS>
+// Asks for the rows of one tensor, by one warp.
 __device__ __forceinline__ void fetch_rows(const void* from, int64_t heads, int64_t first,
-                                           int64_t end, int64_t head,
-                                           Element (&to)[TOKENS][COLUMNS]) {
-  constexpr int PIECE = 16 / sizeof(Element), PIECES = CHANNELS / PIECE;
+                                           int64_t end, int64_t head, bf16 (&to)[TOKENS][ROW]) {
+  constexpr int PIECE = 8, PIECES = CHANNELS / PIECE;
 #pragma unroll
   for (int at = threadIdx.x % 32; at < TOKENS * PIECES; at += 32) {
     const int token = at / PIECES, column = at % PIECES * PIECE;
     const bool valid = first + token < end;
     const int64_t row = (valid ? first + token : 0) * heads + head;
-    copy_async(&to[token][column], static_cast<const Element*>(from) + row * CHANNELS + column,
-               valid);
+    copy_async(&to[token][column], static_cast<const bf16*>(from) + row * CHANNELS + column, valid);
   }
 }
 
@@ -85,11 +79,7 @@ __device__ __forceinline__ void fetch_rows(const void* from, int64_t heads, int6
 template <typename Args>
 __device__ __forceinline__ void fetch(const Args& args, int64_t first, int64_t end, int64_t head,
                                       Raw& raw) {
-  if (args.w_dtype == FP32) {
-    fetch_rows(args.w, args.H, first, end, head, raw.wide_w);
-  } else {
-    fetch_rows(args.w, args.H, first, end, head, raw.w);
-  }
+  if (args.w_dtype != FP32) fetch_rows(args.w, args.H, first, end, head, raw.w);
   fetch_rows(args.a, args.H, first, end, head, raw.a);
   fetch_rows(args.r, args.H, first, end, head, raw.r);
   fetch_rows(args.b, args.H, first, end, head, raw.b);
@@ -106,13 +96,17 @@ __device__ __forceinline__ void load_eight(const bf16 (&rows)[TOKENS][ROW], int 
 
 // The same of w, as log2 of the decay factor; a token that is not there decays nothing.
 template <DecayKind KIND>
-__device__ __forceinline__ void load_decay(const Raw& raw, bool wide, int half, int row, bool valid,
-                                           float (&log_d)[8]) {
-  const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
-  if (wide) {
-    const float* from = &raw.wide_w[g + row * 8][half * 32 + q * 8];
+__device__ __forceinline__ void load_decay(const Raw& raw, const float* wide, int half, int row,
+                                           bool valid, float (&log_d)[8]) {
+  if (wide != nullptr) {
+    const float4* from = reinterpret_cast<const float4*>(wide + half * 32 + threadIdx.x % 4 * 8);
+    float4 four[2] = {};
+    if (valid) four[0] = __ldg(from), four[1] = __ldg(from + 1);
 #pragma unroll
-    for (int x = 0; x < 8; ++x) log_d[x] = from[x];
+    for (int x = 0; x < 2; ++x) {
+      log_d[4 * x] = four[x].x, log_d[4 * x + 1] = four[x].y;
+      log_d[4 * x + 2] = four[x].z, log_d[4 * x + 3] = four[x].w;
+    }
   } else {
     uint32_t pairs[4];
     load_eight(raw.w, half, row, pairs);
@@ -148,11 +142,11 @@ struct Sums {
   float end[8];         // over the whole chunk
 
   template <DecayKind KIND>
-  __device__ __forceinline__ void load(const Raw& raw, bool wide, int half,
+  __device__ __forceinline__ void load(const Raw& raw, const float* const (&wide)[2], int half,
                                        const bool (&valid)[2]) {
 #pragma unroll
     for (int row = 0; row < 2; ++row)
-      load_decay<KIND>(raw, wide, half, row, valid[row], log_d[row]);
+      load_decay<KIND>(raw, wide[row], half, row, valid[row], log_d[row]);
 #pragma unroll
     for (int x = 0; x < 8; ++x) {
       state[0][x] = log_d[0][x], state[1][x] = log_d[1][x];
@@ -274,11 +268,16 @@ __device__ __forceinline__ uint32_t* place(bf16 (&rows)[TOKENS][ROW], int half, 
 
 // Prepares the chunk whose tokens are first .. first + 15, by one warp. Those from `end` on are no
 // tokens: they leave the state as it is. A_qb goes to rows of 24 where it is asked for.
-template <DecayKind KIND>
-__device__ __forceinline__ void prepare(bool wide, int64_t first, int64_t end, const Raw& raw,
-                                        Chunk& chunk, bf16* qb_rows = nullptr) {
+template <DecayKind KIND, typename Args>
+__device__ __forceinline__ void prepare(const Args& args, int64_t first, int64_t end, int64_t head,
+                                        const Raw& raw, Chunk& chunk, bf16* qb_rows = nullptr) {
   const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
   const bool valid[2] = {first + g < end, first + g + 8 < end};
+  const float* wide[2] = {nullptr, nullptr};  // this lane's rows of a float32 w
+  if (args.w_dtype == FP32) {
+    wide[0] = static_cast<const float*>(args.w) + ((first + g) * args.H + head) * CHANNELS;
+    wide[1] = wide[0] + 8 * args.H * CHANNELS;
+  }
   Accumulator ab[2] = {}, ak[2] = {}, qb[2] = {}, qk[2] = {};
   uint32_t r_state[2][8];
 

@@ -40,20 +40,51 @@ __device__ __forceinline__ void move_token(float& upper, float& lower) {
 struct Factored {
   Operand state, triangle;
 
-  __device__ __forceinline__ void set(const bf16 (&rows)[TOKENS][ROW], int warp,
-                                      const float (&state_factor)[2][4],
+  __device__ __forceinline__ void set(const uint2 (&pairs)[2], const float (&state_factor)[2][4],
                                       const float (&triangle_factor)[2][4]) {
-    const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
 #pragma unroll
     for (int row = 0; row < 2; ++row)
 #pragma unroll
-      for (int side = 0; side < 2; ++side) {
-        const int x = 2 * side;
-        const uint32_t pair = *reinterpret_cast<const uint32_t*>(
-            &rows[g + row * 8][channel_of(2 * warp + side, q, 0)]);
+      for (int x = 0; x < 4; x += 2) {
+        const uint32_t pair = x == 0 ? pairs[row].x : pairs[row].y;
         state[row + x] = scaled(pair, state_factor[row][x], state_factor[row][x + 1]);
         triangle[row + x] = scaled(pair, triangle_factor[row][x], triangle_factor[row][x + 1]);
       }
+  }
+};
+
+// What a lane needs of a chunk for its gradients: four neighbouring channels of two tokens; zeros
+// for tokens that are not there.
+struct Loaded {
+  uint2 r[2], k[2], a[2], b[2];
+  float w[2][4];
+
+  template <typename Args>
+  __device__ __forceinline__ void load(const Args& args, int64_t first, int64_t end, int64_t head) {
+    const int g = threadIdx.x % 32 / 4;
+    const int channel = channel_of(threadIdx.x / 32 * 2, threadIdx.x % 4, 0);
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const int64_t token = first + g + row * 8;
+      r[row] = k[row] = a[row] = b[row] = make_uint2(0, 0);
+      w[row][0] = w[row][1] = w[row][2] = w[row][3] = 0.0f;
+      if (token >= end) continue;
+      const int64_t at = (token * args.H + head) * CHANNELS + channel;
+      const auto pairs = [at](const void* from) {
+        return __ldg(reinterpret_cast<const uint2*>(static_cast<const bf16*>(from) + at));
+      };
+      r[row] = pairs(args.r), k[row] = pairs(args.k);
+      a[row] = pairs(args.a), b[row] = pairs(args.b);
+      if (args.w_dtype == FP32) {
+        const float4 four =
+            __ldg(reinterpret_cast<const float4*>(static_cast<const float*>(args.w) + at));
+        w[row][0] = four.x, w[row][1] = four.y, w[row][2] = four.z, w[row][3] = four.w;
+      } else {
+        const uint2 two = pairs(args.w);
+        w[row][0] = low_of(two.x), w[row][1] = high_of(two.x);
+        w[row][2] = low_of(two.y), w[row][3] = high_of(two.y);
+      }
+    }
   }
 };
 
@@ -74,18 +105,12 @@ struct Factors {
   float bounded[2][4], bounded_before[2][4], to_middle[2][4];
 
   template <DecayKind KIND>
-  __device__ __forceinline__ void load(const Raw& raw, bool wide, int warp,
-                                       const bool (&valid)[2]) {
-    const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+  __device__ __forceinline__ void load(const float (&w)[2][4], const bool (&valid)[2]) {
 #pragma unroll
     for (int x = 0; x < 4; ++x) {
-      const int channel = channel_of(2 * warp + x / 2, q, x % 2);
 #pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        const float w =
-            wide ? raw.wide_w[g + row * 8][channel] : __bfloat162float(raw.w[g + row * 8][channel]);
-        log_d[row][x] = valid[row] ? log2_decay<KIND>(w) : 0.0f;
-      }
+      for (int row = 0; row < 2; ++row)
+        log_d[row][x] = valid[row] ? log2_decay<KIND>(w[row][x]) : 0.0f;
       float sum[2] = {log_d[0][x], log_d[1][x]};
       running_sum(sum[0], sum[1]);
       const float end = last_row(sum[1]);
