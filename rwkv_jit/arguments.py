@@ -18,11 +18,12 @@ Tensors = Mapping[str, torch.Tensor | None]
 def allowed_dtypes(
     tensor: TensorSpec, config: OpConfig, tensors: Tensors
 ) -> tuple[torch.dtype, ...]:
-    """The dtypes that `tensor` may have; for an output the first is the one it gets."""
-    return tuple(_dtype(rule, config, tensors) for rule in tensor.dtype)
+    """The dtypes that `tensor` may have."""
+    return tuple(dtype_of(rule, config, tensors) for rule in tensor.dtype)
 
 
-def _dtype(rule: str, config: OpConfig, tensors: Tensors) -> torch.dtype:
+def dtype_of(rule: str, config: OpConfig, tensors: Tensors) -> torch.dtype:
+    """The dtype that a rule of a TensorSpec stands for in a call with these tensors."""
     if rule == "op":
         return TORCH_DTYPES[config.dtype]
     if rule == "state":

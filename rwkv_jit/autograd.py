@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .arguments import allowed_dtypes, entry_sizes
+from .arguments import dtype_of, entry_sizes
 from .config import OpConfig
 from .launch import launchable
 from .loader import KERNELS
@@ -92,8 +92,17 @@ class _Call:
         like = self.tensors[self.entry.inputs[0].name]
         assert like is not None, "a required input"
         shape = [self.sizes[letter] for letter in tensor.shape] if wanted else [0]
-        dtype = allowed_dtypes(tensor, self.config, self.tensors)[0]
-        return like.new_empty(shape, dtype=dtype)
+        rule = tensor.dtype[0]
+        if rule.startswith("like:"):
+            dtype = dtype_of(rule, self.config, self.tensors)
+        else:
+            dtype = _fixed_dtype(rule, self.config)
+        return torch.empty(shape, dtype=dtype, device=like.device)
+
+
+@functools.cache
+def _fixed_dtype(rule: str, config: OpConfig) -> torch.dtype:
+    return dtype_of(rule, config, {})
 
 
 @functools.cache

@@ -20,6 +20,7 @@ from .reference import REFERENCES
 from .settings import current_settings
 
 BUILD_POLICIES = ("auto", "never", "always")
+_MOST_SIGNATURES = 1024
 _LOG = logging.getLogger("rwkv_jit")
 
 
@@ -42,6 +43,7 @@ class Op:
         self._public = tuple(
             tensor.name for tensor in forward.outputs if tensor.name not in self._spec.saved_outputs
         )
+        self._checked: set[tuple[Any, ...]] = set()
         self._flags = tuple(name for name in self._optional if name in self._public)
 
     def __repr__(self) -> str:
@@ -73,7 +75,7 @@ class Op:
         values = self._bind(args, kwargs)
         if torch.is_autocast_enabled(self._device_type):
             self._cast(values)
-        check_arguments(self._spec, self.config, values)
+        self._check(values)
         if self._runs_reference:
             return self._reference(values)
         tensors = [values[name] for name in self._inputs]
@@ -133,6 +135,26 @@ class Op:
         for name in parameters:
             values.setdefault(name, False if name.startswith("output_") else None)
         return values
+
+    def _check(self, values: dict[str, Any]) -> None:
+        """Check the arguments, once for tensors of the same shapes, dtypes and device.
+
+        Where the values of cu_seqlens can be looked at they are, each time.
+        """
+        tensors = [values[name] for name in self._inputs]
+        known = not torch.compiler.is_compiling() and all(
+            tensor is None or isinstance(tensor, torch.Tensor) for tensor in tensors
+        )
+        if known and (self._device_type == "cuda" or values.get("cu_seqlens") is None):
+            signature = tuple(t if t is None else (t.shape, t.dtype, t.device) for t in tensors)
+            if signature in self._checked:
+                return
+            check_arguments(self._spec, self.config, values)
+            if len(self._checked) >= _MOST_SIGNATURES:
+                self._checked.clear()
+            self._checked.add(signature)
+        else:
+            check_arguments(self._spec, self.config, values)
 
     def _cast(self, values: dict[str, Any]) -> None:
         dtype = TORCH_DTYPES[self.config.dtype]

@@ -43,6 +43,17 @@ __device__ __forceinline__ float4* checkpoint_place(const Arguments& args, int64
   return reinterpret_cast<float4*>(to) + threadIdx.x / 32 * 8 * 32 + threadIdx.x % 32;
 }
 
+[[maybe_unused]] __device__ __forceinline__ void load_checkpoint(
+    const Arguments& args, int64_t head, int64_t place, rwkv_jit::Accumulator (&state)[8]) {
+  const float4* checkpoint = checkpoint_place(args, head, place);
+#pragma unroll
+  for (int tile = 0; tile < 8; ++tile) {
+    const float4 four = checkpoint[tile * 32];
+    state[tile][0] = four.x, state[tile][1] = four.y;
+    state[tile][2] = four.z, state[tile][3] = four.w;
+  }
+}
+
 // A span's rows of one tensor to shared memory, zeros past the end; there after copies_done().
 __device__ __forceinline__ void copy_rows(const void* from, int64_t heads, int64_t first,
                                           int64_t end, int64_t head,

@@ -1,15 +1,15 @@
 // wkv7 backward on tensor cores: one block per sequence and head, spans of four chunks of 16 tokens
-// from the last to the first. In a span: each warp prepares a chunk as in the forward; all warps take
-// the state from the span's checkpoint through the chunks (each with 16 rows), keeping the state
-// before each; then, chunk by chunk from the last, they take D = dL/dS back through it
+// from the last to the first. In a span: each warp prepares a chunk as in the forward; all warps
+// take the state from the span's checkpoint through the chunks (each with 16 rows), keeping the
+// state before each; then, chunk by chunk from the last, they take D = dL/dS back through it
 //   E = D B^^T   dV = K'' D^T + M^T dY   dX = T^T (A_qb^T dY + E^T)
 //   D <- D diag(P_L) + E W + dY^T R'
 // and work out the gradients (each with 16 channels; names as in wkv7_chunk.cuh):
 //   U = W S^T + G V   dA_ab = tril(dX U^T, -1)  dA_ak = tril(dX V^T, -1)  dA_qb = tril(dY U^T)
 //   dA_qk = tril(dY V^T)   dr = P (dY S) + p (dA_qb b~ + dA_qk k~), and so on,
-// where p and ~ are the triangles' factors. The gradient of log d at a token sums what crosses it. In
-// the triangles that is a difference of sums of the very products that went into them, so that what
-// does not cross cancels.
+// where p and ~ are the triangles' factors. The gradient of log d at a token sums what crosses it.
+// In the triangles that is a difference of sums of the very products that went into them, so that
+// what does not cross cancels.
 #include <cuda_runtime.h>
 
 //% include "prelude.h"
@@ -211,27 +211,6 @@ __device__ __forceinline__ void state_overlap(Shared& shared, int at, float (&ov
       overlap[x] += __shfl_xor_sync(0xffffffffu, overlap[x], step);
 }
 
-// Writes a gradient of this lane's two tokens and four channels.
-template <typename To>
-__device__ __forceinline__ void store_gradient(void* to, int64_t first, int64_t end, int64_t heads,
-                                               int64_t head, const float (&values)[2][4]) {
-  const int g = threadIdx.x % 32 / 4,
-            channel = channel_of(threadIdx.x / 32 * 2, threadIdx.x % 4, 0);
-#pragma unroll
-  for (int row = 0; row < 2; ++row) {
-    const int64_t token = first + g + row * 8;
-    if (token >= end) continue;
-    To* place = static_cast<To*>(to) + (token * heads + head) * N + channel;
-    if constexpr (sizeof(To) == 2) {
-      *reinterpret_cast<uint2*>(place) =
-          make_uint2(pack(values[row][0], values[row][1]), pack(values[row][2], values[row][3]));
-    } else {
-      *reinterpret_cast<float4*>(place) =
-          make_float4(values[row][0], values[row][1], values[row][2], values[row][3]);
-    }
-  }
-}
-
 // Gradients of r, w, k, a and b for this warp's sixteen channels of a chunk.
 __device__ __forceinline__ void channel_gradients(const Arguments& args, int64_t first, int64_t end,
                                                   int64_t head, Shared& shared, int at,
@@ -351,17 +330,6 @@ __device__ __forceinline__ void channel_gradients(const Arguments& args, int64_t
   finish(args.db, db_state, db, factors.to_end, factors.to_middle);
 }
 
-__device__ __forceinline__ void load_checkpoint(const Arguments& args, int64_t head, int64_t place,
-                                                Accumulator (&state)[8]) {
-  const float4* checkpoint = checkpoint_place(args, head, place);
-#pragma unroll
-  for (int tile = 0; tile < 8; ++tile) {
-    const float4 four = checkpoint[tile * 32];
-    state[tile][0] = four.x, state[tile][1] = four.y;
-    state[tile][2] = four.z, state[tile][3] = four.w;
-  }
-}
-
 __global__ void __launch_bounds__(WARPS * 32, 2) backward_kernel(const Arguments args) {
   extern __shared__ __align__(16) char shared_bytes[];
   Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
@@ -401,10 +369,10 @@ __global__ void __launch_bounds__(WARPS * 32, 2) backward_kernel(const Arguments
       __syncwarp();  // the warp's rows of the state before the chunk are there
       store_u(shared, at);
       scan_backward(args, token, sequence.end, head, shared, at, d);
-      Loaded loaded;
-      loaded.load(args, token, sequence.end, head);
       __syncthreads();  // D, U and dX of all rows are there
       triangle_gradient(shared, at);
+      Loaded loaded;
+      loaded.load(args, token, sequence.end, head);
       __syncthreads();
       channel_gradients(args, token, sequence.end, head, shared, at, loaded);
       __syncthreads();  // their readers are done

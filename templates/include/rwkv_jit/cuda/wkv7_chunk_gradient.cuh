@@ -1,6 +1,6 @@
 #pragma once
-// Gradients of one chunk of wkv7, sixteen of its channels to a warp, from its state S0, the gradient
-// D of the state after it, and the gradients of the four triangles.
+// Gradients of one chunk of wkv7, sixteen of its channels to a warp, from its state S0, the
+// gradient D of the state after it, and the gradients of the four triangles.
 #include "rwkv_jit/cuda/wkv7_chunk.cuh"
 
 namespace rwkv_jit {
@@ -139,12 +139,25 @@ __device__ __forceinline__ float decay_slope(float log2_d) {
   return KIND == LOGLOG ? log_d : log_d * (1.0f + log_d / 0.60653065971263342f);
 }
 
-// sum += left right, where right [token, channel] is given as an operand.
-__device__ __forceinline__ void add_transposed(Accumulator (&sum)[2], const Operand& left,
-                                               const Operand& right) {
-  Operand turned;
-  transpose(right, turned);
-  mma_pair(sum[0], sum[1], left, turned);
+// Writes a gradient of this lane's two tokens and four channels.
+template <typename To>
+__device__ __forceinline__ void store_gradient(void* to, int64_t first, int64_t end, int64_t heads,
+                                               int64_t head, const float (&values)[2][4]) {
+  const int g = threadIdx.x % 32 / 4,
+            channel = channel_of(threadIdx.x / 32 * 2, threadIdx.x % 4, 0);
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    const int64_t token = first + g + row * 8;
+    if (token >= end) continue;
+    To* place = static_cast<To*>(to) + (token * heads + head) * CHANNELS + channel;
+    if constexpr (sizeof(To) == 2) {
+      *reinterpret_cast<uint2*>(place) =
+          make_uint2(pack(values[row][0], values[row][1]), pack(values[row][2], values[row][3]));
+    } else {
+      *reinterpret_cast<float4*>(place) =
+          make_float4(values[row][0], values[row][1], values[row][2], values[row][3]);
+    }
+  }
 }
 
 }  // namespace rwkv_jit
