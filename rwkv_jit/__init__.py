@@ -13,11 +13,20 @@ if TYPE_CHECKING:
     from .registry import Op as Op
     from .registry import get_op as get_op
     from .registry import list_ops as list_ops
+    from .usage import freeze as freeze
+    from .usage import used_configs as used_configs
 
 __version__ = "0.1.0"
-__all__ = ["Op", "OpConfig", "get_op", "list_ops"]
+__all__ = ["Op", "OpConfig", "freeze", "get_op", "list_ops", "used_configs"]
 
-_HOMES = {"Op": "registry", "OpConfig": "config", "get_op": "registry", "list_ops": "registry"}
+_HOMES = {
+    "Op": "registry",
+    "OpConfig": "config",
+    "freeze": "usage",
+    "get_op": "registry",
+    "list_ops": "registry",
+    "used_configs": "usage",
+}
 
 
 def __getattr__(name: str) -> object:

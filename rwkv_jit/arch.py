@@ -24,7 +24,7 @@ _EMBEDDED = (87, 88, 101, 110)
 # compute capability 9.0 (CUDA C++ Programming Guide, technical specifications).
 _SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 120: 99, 121: 99}
 
-_CUDA_PATTERN = re.compile(r"(?:sm_?)?(\d+)\.?(\d)([af]?)")
+_CUDA_PATTERN = re.compile(r"(?:sm_?)?(\d+)\.?(\d)([af]?)", re.ASCII)
 # Flags of /proc/cpuinfo that each level adds to the one before it.
 _X86_LEVELS = (
     ("x86_64_v2", {"cx16", "lahf_lm", "popcnt", "sse4_1", "sse4_2", "ssse3"}),

@@ -18,7 +18,9 @@ DEFAULT_CHUNK_LENGTH = 16
 _SLUG = re.compile(
     r"(?P<op>[a-z][a-z0-9]*(?:_decode)?)_n(?P<head_size>\d+)_(?P<dtype>bf16|fp16|fp32|fp64)"
     r"_l(?P<chunk_length>\d+)_(?P<arch>sm\d+[af]?|x86_64_v\d|aarch64)"
-    r"(?:_(?P<decay>logit|log))?(?:_s(?P<state_dtype>bf16|fp16|fp32|fp64))?(?P<layout>_kv)?"
+    r"(?:_(?P<decay>logit|log))?(?:_s(?P<state_dtype>bf16|fp16|fp32|fp64))?(?P<layout>_kv)?",
+    # Digits of other scripts are no part of an identifier.
+    re.ASCII,
 )
 
 

@@ -41,3 +41,7 @@ class KernelLaunchError(RwkvJitError, RuntimeError):
 
 class CacheError(RwkvJitError, RuntimeError):
     """The cache directory cannot be used safely."""
+
+
+class BundleError(RwkvJitError, RuntimeError):
+    """A bundle of prebuilt kernels cannot be made, or cannot be used safely."""

@@ -1,26 +1,32 @@
-"""From a configuration to a loaded kernel: render, build or find, open. One table per process."""
+"""From a configuration to a loaded kernel: render, find in a bundle or the cache, or build; open.
+
+There is one table in a process.
+"""
 
 from __future__ import annotations
 
 import threading
+import warnings
 from dataclasses import dataclass
 
 import torch
 
 from .arch import is_cuda
-from .build import obtain
+from .build import obtain, warm_command
+from .bundle import bundles_in_force, explain_near, find, nearest
 from .cache import CacheEntry
 from .config import OpConfig
-from .errors import KernelMissingError
+from .errors import KernelLoadError, KernelMissingError, ToolchainError
 from .launch import Kernel, load_kernel
 from .ops import get_spec
-from .render import render
-from .settings import current_settings
+from .render import RenderedSource, render
+from .settings import Settings, current_settings
+from .spec import OpSpec
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedKernel:
-    """A kernel and the cache entry that it was loaded from."""
+    """A kernel and the entry, of a bundle or the cache, that it was loaded from."""
 
     kernel: Kernel
     origin: CacheEntry
@@ -32,6 +38,7 @@ class KernelTable:
     def __init__(self) -> None:
         self._loaded: dict[tuple[str, str], LoadedKernel] = {}
         self._policies: dict[str, str] = {}
+        self._frozen = "off"
         self._lock = threading.Lock()
 
     def set_policy(self, slug: str, policy: str) -> None:
@@ -42,8 +49,17 @@ class KernelTable:
         """The loaded kernel, if it is loaded."""
         return self._loaded.get((slug, entry))
 
+    def freeze(self, on_build: str) -> None:
+        """From now on a build is an "error", or worth a warning ("warn"), or fine ("off")."""
+        self._frozen = on_build
+
+    def names(self) -> list[str]:
+        """The kernels that are loaded, as "slug.entry" as they were asked for, sorted."""
+        with self._lock:
+            return sorted(f"{slug}.{entry}" for slug, entry in self._loaded)
+
     def get(self, slug: str, entry: str) -> Kernel:
-        """The kernel, found in the cache or built if need be.
+        """The kernel, found in a bundle or the cache, or built if need be.
 
         Raises KernelMissingError while a CUDA graph is being captured and it is not loaded, and
         whatever finding, building and loading raise.
@@ -62,11 +78,68 @@ class KernelTable:
             )
         spec = get_spec(config.op)
         source = render(spec, config, entry)
-        policy = self._policies.get(slug, "auto")
-        origin = obtain(source, current_settings(), policy=policy)
-        found = LoadedKernel(load_kernel(spec, config, entry, origin.library), origin)
+        settings = current_settings()
+        found = self._from_bundles(spec, source, settings)
+        if found is None:
+            origin = self._from_cache(source, settings)
+            found = LoadedKernel(load_kernel(spec, config, entry, origin.library), origin)
         with self._lock:
             return self._loaded.setdefault((slug, entry), found)
+
+    def _policy(self, source: RenderedSource) -> str:
+        return self._policies.get(source.config.slug, "auto")
+
+    def _from_bundles(
+        self, spec: OpSpec, source: RenderedSource, settings: Settings
+    ) -> LoadedKernel | None:
+        """The kernel from a bundle; None where none has it, or where it must be built anew."""
+        if self._policy(source) == "always" or settings.mode == "rebuild":
+            return None
+        match = find(source, settings)
+        if match is None:
+            return None
+        try:
+            kernel = load_kernel(spec, match.source.config, source.entry, match.entry.library)
+        except KernelLoadError as error:
+            # As where a bundle was built on a newer system, whose C library this one lacks.
+            if settings.mode == "prebuilt":
+                raise
+            warnings.warn(f"rwkv_jit: {error}; it is passed over", RuntimeWarning, stacklevel=2)
+            return None
+        return LoadedKernel(kernel, match.entry)
+
+    def _from_cache(self, source: RenderedSource, settings: Settings) -> CacheEntry:
+        """The cache's entry, built if need be and not forbidden."""
+        policy = self._policy(source)
+        if self._frozen == "off":
+            return _obtain(source, settings, policy)
+        try:
+            return _obtain(source, settings, "never")
+        except KernelMissingError as error:
+            if policy == "never" or settings.mode == "prebuilt":
+                raise
+            if self._frozen == "error":
+                raise KernelMissingError(
+                    f"{error}\nrwkv_jit.freeze('error') was called: nothing is built any more"
+                ) from error
+        warnings.warn(
+            f"rwkv_jit: {source.identity} is built after rwkv_jit.freeze('warn'): warm it before "
+            f"with: {warm_command(source.config)}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return _obtain(source, settings, policy)
+
+
+def _obtain(source: RenderedSource, settings: Settings, policy: str) -> CacheEntry:
+    """`obtain`, whose errors also say why no bundle serves."""
+    try:
+        return obtain(source, settings, policy=policy)
+    except (KernelMissingError, ToolchainError) as error:
+        near = nearest(source, bundles_in_force(settings))
+        if near is None or not near.differs:
+            raise
+        raise type(error)(f"{error}\n{explain_near(near)}") from error
 
 
 KERNELS = KernelTable()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import sys
+import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,7 +41,12 @@ def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     if "PYTEST_XDIST_WORKER" in os.environ:
         base = base.parent
     root = base / "rwkv_jit_cache"
+    temporary = base / "tmp"
+    temporary.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
+        # Build locks lie there, and caches where the user's cannot be written.
+        patch.setenv("TMPDIR", str(temporary))
+        patch.setattr(tempfile, "tempdir", None)
         patch.setenv("RWKV_JIT_CACHE_DIR", str(root))
         patch.setenv("RWKV_JIT_LOG_LEVEL", "quiet")
         patch.delenv("RWKV_JIT_MODE", raising=False)

@@ -31,7 +31,8 @@ def make_tokens(shape: list[int], dtype: torch.dtype, device: str) -> list[torch
     torch.manual_seed(0)
     r, w, k, v, kk, gate, dy = (torch.randn(shape, device=device) for _ in range(7))
     kk = torch.nn.functional.normalize(kk, dim=-1)
-    tensors = (r, w - 2, k, v, -kk, kk * torch.sigmoid(gate), dy)
+    w = -torch.nn.functional.softplus(-w) - 0.5
+    tensors = (r, w, k, v, -kk, kk * torch.sigmoid(gate), dy)
     return [x.to(dtype) for x in tensors]
 
 

@@ -7,6 +7,9 @@ one.
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
+import re
 import shutil
 import threading
 import time
@@ -35,13 +38,17 @@ from .report import compile_command, failed_step, first_error, hint, kernel_reso
 from .worker import WorkerStoppedError, run_worker
 
 # A holder of the cache's lock ends its own build within its own limit.
-_LOCK_EXTRA_SECONDS = 60.0
+LOCK_EXTRA_SECONDS = 60.0
 _STOPPED = "the build was stopped"
+_FULL = re.compile(r"No space left on device|Disk quota exceeded|\[Errno (28|122)\]")
+# A linker that maps its output is killed by a bus error and does not say why.
+_FULL_BYTES = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """limit: seconds that the compilers may take. replace: build even if the entry exists."""
+    """limit: seconds that the compilers may take. patience: seconds to wait for another process's
+    build. replace: build even if the entry exists."""
 
     cache: Cache
     source: RenderedSource
@@ -49,14 +56,15 @@ class Attempt:
     key: CacheKey
     log_level: str
     limit: float
+    patience: float
     replace: bool
 
     def run(self, stop: threading.Event) -> CacheEntry:
         """Wait for other processes, look again, build. stop: ends waiting and building when set.
-        Raises KernelBuildError if the build fails or was stopped."""
+        Raises KernelBuildError if the build fails or was stopped, and OSError where the file
+        system fails."""
         progress = Progress(self.source.identity, self.log_level)
-        timeout = self.limit + _LOCK_EXTRA_SECONDS
-        with self.cache.lock(self.key.digest, timeout, progress.waiting, stop):
+        with self.cache.lock(self.key.digest, self.patience, progress.waiting, stop):
             entry = None if self.replace else self.cache.lookup(self.key.digest)
             if entry is not None:
                 return entry
@@ -81,13 +89,15 @@ class Attempt:
         """Fill a staging folder with source, log and library; the seconds that it took."""
         work = staging / "build"
         work.mkdir()
-        text = staging / f"source{self.source.suffix}"
-        text.write_text(self.source.text, encoding="utf-8")
+        name = f"source{self.source.suffix}"
+        (staging / name).write_text(self.source.text, encoding="utf-8")
+        # A second copy, where the compilers can reach it by a name without a path.
+        (work / name).write_text(self.source.text, encoding="utf-8")
         log = staging / LOG_NAME
         started = time.monotonic()
         try:
             status = run_worker(
-                self._request(staging, text, work),
+                self._request(staging, name, work),
                 work,
                 log,
                 limit=self.limit,
@@ -102,8 +112,10 @@ class Attempt:
             )
             raise KernelBuildError(self._failure(staging, what, "")) from None
         seconds = time.monotonic() - started
-        if status != 0 or not (staging / LIBRARY_NAME).is_file():
+        if status != 0:
             said = _read(log)
+            if _is_full(staging, said):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(staging))
             step, code = failed_step(said, self.toolchain.compiler.name)
             code = status if code is None else code
             how = f"killed by signal {-code}" if code < 0 else f"exit {code}"
@@ -114,11 +126,11 @@ class Attempt:
         shutil.rmtree(work, ignore_errors=True)
         return seconds
 
-    def _request(self, staging: Path, text: Path, work: Path) -> dict[str, object]:
+    def _request(self, staging: Path, name: str, work: Path) -> dict[str, object]:
         toolchain = self.toolchain
         return {
             "name": f"rwkv_jit_{self.key.digest[:32]}",
-            "source": str(text),
+            "source": name,
             "build_directory": str(work),
             "library": str(staging / LIBRARY_NAME),
             "host_compiler": str(toolchain.host_compiler),
@@ -157,6 +169,14 @@ class Attempt:
             f"Command: {command}" if command else "",
         ]
         return "\n".join(part for part in parts if part)
+
+
+def _is_full(folder: Path, log: str) -> bool:
+    """Whether a build in a folder failed for want of space."""
+    with contextlib.suppress(OSError):
+        if shutil.disk_usage(folder).free < _FULL_BYTES:
+            return True
+    return _FULL.search(log) is not None
 
 
 def _read(path: Path) -> str:

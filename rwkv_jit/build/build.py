@@ -6,7 +6,7 @@ Threads of this process wait for each other per key, processes on the cache's lo
 from __future__ import annotations
 
 import contextlib
-import functools
+import errno
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -15,18 +15,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..arch import display_arch, is_cuda
-from ..cache import Cache, CacheEntry, cache_key, meaning_key
+from ..cache import NO_SPACE, Cache, CacheEntry, cache_key, meaning_key
 from ..config import DEFAULT_CHUNK_LENGTH, OpConfig, default_state_dtype
 from ..errors import CacheError, KernelMissingError, RwkvJitError, ToolchainError
 from ..render import RenderedSource
 from ..settings import Settings
 from ..toolchain import find_toolchain, torch_cuda_major
-from .attempt import Attempt
+from .attempt import LOCK_EXTRA_SECONDS, Attempt
 from .jobs import default_jobs
 
 POLICIES = ("auto", "never", "always")
-BUILD_SECONDS = 900.0
-_KEYS_GUARD = threading.Lock()
+# What a file operation meets where another host has just removed or replaced something.
+_TRANSIENT = (errno.ENOENT, errno.ESTALE)
+_TRIES = 3
+# Look-ups and insertions of a dict are atomic; a lock could be held by a thread that a fork leaves
+# behind.
+_KEYS: dict[tuple[str, Path, int], _KeyState] = {}
 
 BuildResult = CacheEntry | RwkvJitError
 
@@ -36,7 +40,7 @@ def obtain(
     settings: Settings,
     *,
     policy: str = "auto",
-    limit: float = BUILD_SECONDS,
+    limit: float | None = None,
     stop: threading.Event | None = None,
 ) -> CacheEntry:
     """The cache entry of a source, built if need be.
@@ -44,7 +48,7 @@ def obtain(
     policy: "auto" builds on a miss, "never" does not, "always" builds and replaces what is there.
         Mode "prebuilt" of the settings is as "never"; mode "rebuild" is as "always" for the first
         time in a process.
-    limit: seconds that the compilers may take.
+    limit: seconds that the compilers may take; None is what the settings say.
     stop: ends the build, or the wait for another process's, when set.
 
     Raises KernelMissingError where nothing is found and building is forbidden, ToolchainError
@@ -57,7 +61,7 @@ def obtain(
     if policy == "never" or settings.mode == "prebuilt":
         entry = _find(cache, source, settings)
         if entry is None:
-            raise KernelMissingError(_missing(source, settings))
+            raise KernelMissingError(_missing(source, settings, cache.unreadable()))
         return entry
     try:
         toolchain = find_toolchain(source.config.arch, settings)
@@ -72,14 +76,18 @@ def obtain(
         replace = policy == "always" or (settings.mode == "rebuild" and not state.built)
         entry = None if replace else cache.lookup(key.digest)
         if entry is None:
-            attempt = Attempt(cache, source, toolchain, key, settings.log_level, limit, replace)
-            try:
-                entry = attempt.run(stop or threading.Event())
-            except OSError as error:
-                raise CacheError(
-                    f"{source.identity} cannot be built in the cache {cache.root}: {error}; "
-                    "free some space, or set RWKV_JIT_CACHE_DIR to another folder"
-                ) from error
+            limit = settings.build_timeout if limit is None else limit
+            attempt = Attempt(
+                cache,
+                source,
+                toolchain,
+                key,
+                settings.log_level,
+                limit,
+                settings.lock_timeout or limit + LOCK_EXTRA_SECONDS,
+                replace,
+            )
+            entry = _run(attempt, stop or threading.Event())
             state.built = True
         return entry
 
@@ -127,35 +135,65 @@ class _KeyState:
 
 
 def _state_of(digest: str, root: Path) -> _KeyState:
-    with _KEYS_GUARD:
-        return _make_state(digest, root, os.getpid())
+    key = (digest, root, os.getpid())
+    found = _KEYS.get(key)
+    return _KEYS.setdefault(key, _KeyState(threading.Lock())) if found is None else found
 
 
-@functools.cache
-def _make_state(_digest: str, _root: Path, _pid: int) -> _KeyState:
-    return _KeyState(threading.Lock())
+def _run(attempt: Attempt, stop: threading.Event) -> CacheEntry:
+    """Build, again where the file system had a hiccup, and elsewhere where it is full."""
+    cache, what = attempt.cache, attempt.source.identity
+    tries = _TRIES
+    while True:
+        tries -= 1
+        try:
+            return attempt.run(stop)
+        except OSError as error:
+            full = error.errno in NO_SPACE and cache.use_temporary(
+                f"the cache {cache.root} has no space left ({error.strerror})"
+            )
+            if not full and (error.errno not in _TRANSIENT or tries <= 0):
+                raise CacheError(
+                    f"{what} cannot be built in the cache {cache.root}: {error}; "
+                    "free some space, or set RWKV_JIT_CACHE_DIR to another folder"
+                ) from error
 
 
 def _find(cache: Cache, source: RenderedSource, settings: Settings) -> CacheEntry | None:
-    """An entry for a source that must not be built: this toolchain's, else any with its meaning."""
-    major = torch_cuda_major() or 0
-    with contextlib.suppress(ToolchainError):
-        toolchain = find_toolchain(source.config.arch, settings)
-        entry = cache.lookup(cache_key(source, toolchain).digest)
+    """An entry for a source that must not be built: this toolchain's, else any with its meaning.
+    Where everything is prebuilt no compiler is started, not even to ask what it is."""
+    prebuilt = settings.mode == "prebuilt"
+    major = torch_cuda_major()
+    if not prebuilt:
+        with contextlib.suppress(ToolchainError):
+            toolchain = find_toolchain(source.config.arch, settings)
+            entry = cache.lookup(cache_key(source, toolchain).digest)
+            if entry is not None:
+                return entry
+            major = toolchain.cuda_major
+    if not is_cuda(source.config.arch):
+        majors = {0}
+    elif major is not None:
+        majors = {major}
+    else:
+        found = {entry.manifest.fields.get("cuda_major", "") for entry in cache.entries()}
+        majors = {int(text) for text in found if text.isdecimal()}
+    for number in sorted(majors, reverse=True):
+        entry = cache.find_meaning(meaning_key(source, number), repair=not prebuilt)
         if entry is not None:
             return entry
-        major = toolchain.cuda_major
-    return cache.find_meaning(meaning_key(source, major if is_cuda(source.config.arch) else 0))
+    return None
 
 
-def _missing(source: RenderedSource, settings: Settings) -> str:
+def _missing(source: RenderedSource, settings: Settings, unreadable: str) -> str:
     why = (
         "RWKV_JIT_MODE=prebuilt forbids building"
         if settings.mode == "prebuilt"
         else "the caller forbids building"
     )
+    note = f" ({unreadable})" if unreadable else ""
     return (
-        f"{source.identity} is not in any bundle or cache, and {why}. "
+        f"{source.identity} is not in any bundle or cache{note}, and {why}. "
         f"Build it with: {warm_command(source.config)}"
     )
 

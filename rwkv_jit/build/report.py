@@ -76,7 +76,9 @@ def first_error(log: str, folder: Path) -> str:
     """The first line of a log that tells an error, without the folder's path; else its last."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     found = next((line for line in lines if _ERROR.search(line)), lines[-1] if lines else "")
-    return found.replace(f"{folder}/", "")
+    for place in (folder, "/proc/self/cwd"):
+        found = found.replace(f"{place}/", "")
+    return found
 
 
 def compile_command(log: str) -> str:

@@ -44,7 +44,13 @@ def run_worker(
     function raises, the worker and the compilers that it started are gone then.
     """
     path = folder / "request.json"
-    text = json.dumps({**request, "sys_path": [entry or str(Path.cwd()) for entry in sys.path]})
+    text = json.dumps(
+        {
+            **request,
+            "parent": os.getpid(),
+            "sys_path": [entry or str(Path.cwd()) for entry in sys.path],
+        }
+    )
     path.write_text(text, encoding="utf-8")
     with log.open("wb") as output:
         process = _start(path, folder, output)

@@ -10,7 +10,10 @@ import ctypes
 import json
 import os
 import shutil
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +40,16 @@ _TORCH_LIBRARIES = (
     "torch_cuda",
     "torch_python",
 )
+# The same name for the working directory wherever it lies, so that no path of a machine gets into
+# a library: not as the place of its source, and not as a name of debug information.
+_HERE = Path("/proc/self/cwd")
+_WATCH_SECONDS = 0.5
 
 
 def main(arguments: list[str]) -> int:
     """Build, load and check what a request asks for; the library is then at its `library`."""
     request: dict[str, Any] = json.loads(Path(arguments[1]).read_text(encoding="utf-8"))
+    threading.Thread(target=_end_with, args=(request["parent"],), daemon=True).start()
     sys.path[:] = request["sys_path"]
     _prepare_environment(request)
     build = Path(request["build_directory"])
@@ -57,6 +65,14 @@ def main(arguments: list[str]) -> int:
         return 3
     shutil.move(built, request["library"])
     return 0
+
+
+def _end_with(parent: int) -> None:
+    """End this program and its compilers when the process that wants the library is gone."""
+    while os.getppid() == parent:
+        time.sleep(_WATCH_SECONDS)
+    # ninja, which is in this group, passes it on to the compilers.
+    os.killpg(0, signal.SIGTERM)
 
 
 def _prepare_environment(request: dict[str, Any]) -> None:
@@ -96,18 +112,23 @@ def _build(request: dict[str, Any], build: Path) -> None:
     from torch.utils import cpp_extension  # noqa: PLC0415
 
     flags = request["code_flags"]
+    source = _HERE / request["source"]
     cuda = request["cuda_home"] is not None
     if cuda:
         # A CPU build of torch leaves it None and then refuses CUDA sources.
         cpp_extension.CUDA_HOME = request["cuda_home"]
     cpp_extension.load(
         name=request["name"],
-        sources=[request["source"]],
+        sources=[str(source if source.is_file() else build / request["source"])],
         extra_cflags=[] if cuda else flags,
         extra_cuda_cflags=[*flags, f"-ccbin={request['host_compiler']}"] if cuda else [],
         # Relative: ninja runs in the build directory, whose path may hold blanks. Undefined
         # symbols are errors, so what links needs nothing of torch.
-        extra_ldflags=["-Wl,--as-needed", "-Wl,-z,defs", "-Llib", "-pthread"],
+        extra_ldflags=[
+            *("-Wl,--as-needed", "-Wl,-z,defs", "-Llib", "-pthread"),
+            # nvcc names local symbols after its process id.
+            *(["-s"] if cuda else []),
+        ],
         build_directory=str(build),
         is_python_module=False,
         with_cuda=cuda,

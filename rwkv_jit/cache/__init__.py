@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from .folders import LAYOUT, check_trusted, folder_bytes
-from .keys import CacheKey, cache_key, meaning_key
+from .folders import LAYOUT, folder_bytes
+from .growth import Removed
+from .keys import CacheKey, cache_key, meaning_fields, meaning_key
 from .manifest import (
     LIBRARY_NAME,
     LOG_NAME,
@@ -11,9 +12,13 @@ from .manifest import (
     MANIFEST_SCHEMA,
     CacheEntry,
     Manifest,
+    ManifestError,
+    digest_fields,
     hash_file,
+    open_regular,
 )
-from .store import Cache
+from .store import NO_SPACE, Cache
+from .trust import check_trusted
 
 __all__ = [
     "LAYOUT",
@@ -21,13 +26,19 @@ __all__ = [
     "LOG_NAME",
     "MANIFEST_NAME",
     "MANIFEST_SCHEMA",
+    "NO_SPACE",
     "Cache",
     "CacheEntry",
     "CacheKey",
     "Manifest",
+    "ManifestError",
+    "Removed",
     "cache_key",
     "check_trusted",
+    "digest_fields",
     "folder_bytes",
     "hash_file",
+    "meaning_fields",
     "meaning_key",
+    "open_regular",
 ]

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from ..render import RenderedSource
 from ..spec import LAUNCHER_ABI
 from ..toolchain import Toolchain, host_platform
+from .manifest import digest_fields
 
 KEY_SCHEMA = 1
 
@@ -32,7 +33,7 @@ class CacheKey:
 
 def cache_key(source: RenderedSource, toolchain: Toolchain) -> CacheKey:
     """The key of one source built by one toolchain."""
-    meaning = _meaning_fields(source, toolchain.cuda_major)
+    meaning = meaning_fields(source, toolchain.cuda_major)
     fields = {
         **meaning,
         "host_compiler": toolchain.host_identity,
@@ -50,21 +51,11 @@ def cache_key(source: RenderedSource, toolchain: Toolchain) -> CacheKey:
 def meaning_key(source: RenderedSource, cuda_major: int) -> str:
     """The `meaning` of a key, without a toolchain. cuda_major: of the CUDA runtime that the
     library may need; 0 for a CPU."""
-    return digest_fields(_meaning_fields(source, cuda_major))
+    return digest_fields(meaning_fields(source, cuda_major))
 
 
-def digest_fields(fields: Mapping[str, str]) -> str:
-    """SHA-256 over names and values in order, each preceded by its length, so that no two
-    different lists of fields read the same."""
-    hasher = hashlib.sha256()
-    for part in (text for item in fields.items() for text in item):
-        data = part.encode()
-        hasher.update(f"{len(data)}:".encode())
-        hasher.update(data)
-    return hasher.hexdigest()
-
-
-def _meaning_fields(source: RenderedSource, cuda_major: int) -> dict[str, str]:
+def meaning_fields(source: RenderedSource, cuda_major: int) -> dict[str, str]:
+    """The fields behind `meaning_key`, in order."""
     return {
         "schema": str(KEY_SCHEMA),
         "operator": source.config.op,

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 MANIFEST_SCHEMA = 1
 LIBRARY_NAME = "kernel.so"
 MANIFEST_NAME = "manifest.json"
 LOG_NAME = "build.log"
 _READ_BYTES = 1 << 20
+_MANIFEST_BYTES = 16 << 20
 _TYPES: Mapping[str, type | tuple[type, ...]] = {
     "schema": int,
     "digest": str,
@@ -86,50 +88,94 @@ class CacheEntry:
 def read_manifest(entry: Path) -> Manifest:
     """The manifest of an entry's folder. Raises ManifestError unless it is a complete one of a
     known schema, and OSError if it cannot be read."""
-    path = entry / MANIFEST_NAME
-    _require_regular(path)
+    with open_regular(entry / MANIFEST_NAME) as file:
+        text = file.read(_MANIFEST_BYTES + 1)
+    if len(text) > _MANIFEST_BYTES:
+        raise ManifestError(f"{MANIFEST_NAME} has more than {_MANIFEST_BYTES} bytes")
     try:
-        data: Any = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        data: Any = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ManifestError(f"{MANIFEST_NAME} is not JSON: {error}") from error
     if not isinstance(data, dict) or data.get("schema") != MANIFEST_SCHEMA:
         raise ManifestError(f"{MANIFEST_NAME} has no known schema")
     for name, kind in _TYPES.items():
         if not isinstance(data.get(name), kind):
             raise ManifestError(f"{MANIFEST_NAME} has no valid {name!r}")
+    if not _are(str, data["fields"]):
+        raise ManifestError(f"{MANIFEST_NAME} has no valid 'fields'")
+    kernels = data["resources"].values()
+    if not all(isinstance(kernel, dict) and _are(int, kernel) for kernel in kernels):
+        raise ManifestError(f"{MANIFEST_NAME} has no valid 'resources'")
     return Manifest(**{field.name: data[field.name] for field in fields(Manifest)})
 
 
 def verify_entry(entry: Path, digest: str) -> CacheEntry:
-    """The entry in a folder, after comparing the library with the manifest. Raises ManifestError
-    if they differ, and OSError if they cannot be read."""
+    """The entry in a folder, after comparing the library with the manifest, and the manifest with
+    the digest. Raises ManifestError if they differ, and OSError if they cannot be read."""
+    manifest = verify_manifest(entry, digest)
+    with open_regular(entry / LIBRARY_NAME) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size != manifest.size:
+            raise ManifestError(f"{LIBRARY_NAME} has {size} bytes instead of {manifest.size}")
+        if _hash(file) != manifest.sha256:
+            raise ManifestError(f"{LIBRARY_NAME} is not the file that was built (SHA-256 differs)")
+    return CacheEntry(entry, manifest)
+
+
+def verify_manifest(entry: Path, digest: str) -> Manifest:
+    """The manifest of an entry's folder, after comparing it with the digest, but not the library
+    with it. Raises ManifestError if they differ, and OSError if it cannot be read."""
+    if not stat.S_ISDIR(entry.lstat().st_mode):
+        raise ManifestError("it is not a folder")
     manifest = read_manifest(entry)
     if manifest.digest != digest:
         raise ManifestError(f"{MANIFEST_NAME} is that of {manifest.digest[:16]}")
-    library = entry / LIBRARY_NAME
-    size = _require_regular(library)
-    if size != manifest.size:
-        raise ManifestError(f"{LIBRARY_NAME} has {size} bytes instead of {manifest.size}")
-    if hash_file(library) != manifest.sha256:
-        raise ManifestError(f"{LIBRARY_NAME} is not the file that was built (SHA-256 differs)")
-    return CacheEntry(entry, manifest)
+    if digest_fields(manifest.fields) != digest:
+        raise ManifestError(f"{MANIFEST_NAME} has fields that are not those of its digest")
+    return manifest
+
+
+def digest_fields(fields: Mapping[str, str]) -> str:
+    """SHA-256 over names and values in order, each preceded by its length, so that no two
+    different lists of fields read the same."""
+    hasher = hashlib.sha256()
+    for part in (text for item in fields.items() for text in item):
+        data = part.encode()
+        hasher.update(f"{len(data)}:".encode())
+        hasher.update(data)
+    return hasher.hexdigest()
 
 
 def hash_file(path: Path) -> str:
     """SHA-256 of a file, in hex."""
-    hasher = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(_READ_BYTES):
-            hasher.update(chunk)
+        return _hash(file)
+
+
+def open_regular(path: Path) -> IO[bytes]:
+    """Open a file for reading that must be a regular one and no link. Raises ManifestError if it
+    is missing or something else."""
+    try:
+        # Nonblocking: opening a pipe that nobody writes to would wait for ever.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and path.parent.is_dir():
+            raise ManifestError(f"{path.name} is missing") from error
+        if path.is_symlink():
+            raise ManifestError(f"{path.name} is not a regular file") from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ManifestError(f"{path.name} is not a regular file")
+    return os.fdopen(descriptor, "rb")
+
+
+def _hash(file: IO[bytes]) -> str:
+    hasher = hashlib.sha256()
+    while chunk := file.read(_READ_BYTES):
+        hasher.update(chunk)
     return hasher.hexdigest()
 
 
-def _require_regular(path: Path) -> int:
-    """The size of a regular file that is no link."""
-    try:
-        status = path.lstat()
-    except FileNotFoundError as error:
-        raise ManifestError(f"{path.name} is missing") from error
-    if not stat.S_ISREG(status.st_mode):
-        raise ManifestError(f"{path.name} is not a regular file")
-    return status.st_size
+def _are(kind: type, values: Mapping[str, object]) -> bool:
+    return all(isinstance(value, kind) for value in values.values())

@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 from .. import __version__
 from ..errors import RwkvJitError
 from . import commands
+from .bundle_commands import bundle_app
 from .cache_commands import cache_app
 
 __all__ = ["app", "main"]
@@ -45,8 +46,10 @@ app.command()(commands.warm)
 app.command("list")(commands.list_operators)
 app.command("render")(commands.render_source)
 app.command()(commands.show)
+app.command()(commands.explain)
 app.command()(commands.doctor)
 app.add_typer(cache_app, name="cache")
+app.add_typer(bundle_app, name="bundle")
 
 
 def main() -> None:

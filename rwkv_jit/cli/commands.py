@@ -27,6 +27,16 @@ OpsArgument = Annotated[
     list[str] | None, typer.Argument(metavar="OP", help="Operators; all if none is named.")
 ]
 
+FromOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--from",
+        help="The kernels that rwkv_jit.used_configs(FILE) wrote, and no others; with --arch, for "
+        "these architectures.",
+        metavar="FILE",
+    ),
+]
+
 _LOG_TAIL_LINES = 15
 _LEVELS_WITH_PROGRESS = ("debug", "info")
 
@@ -71,6 +81,7 @@ def warm(
             help="Most compilers at once. Default: MAX_JOBS, else what cores and memory allow.",
         ),
     ] = None,
+    from_file: FromOption = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what exists and what would be built.")
     ] = False,
@@ -80,7 +91,8 @@ def warm(
     """Build kernels ahead of time, so that no program waits for a compiler later.
 
     A LIST is separated by commas, and every combination is built. One that a named operator has no
-    kernel for is an error, before anything is built. A GPU of the architecture is not needed.
+    kernel for is an error, before anything is built. A GPU of the architecture is not needed. What
+    a bundle has is not built.
     """
     from .tables import (  # noqa: PLC0415
         failures_text,
@@ -89,22 +101,24 @@ def warm(
         print_json,
         print_view,
     )
-    from .warming import Choices, default_archs, look_up, plan  # noqa: PLC0415
+    from .warming import Choices, default_archs, look_up, plan, plan_from  # noqa: PLC0415
 
     settings = current_settings()
     archs = split_list(arch, "--arch", parse_arch)
+    if from_file is not None and ops:
+        raise typer.BadParameter("the file names the operators", param_hint="--from")
     choices = Choices(
         ops=tuple(dict.fromkeys(ops or ())),
         head_sizes=split_list(head_size, "--head-size", whole_number),
         dtypes=split_list(dtype, "--dtype", one_of(DTYPES)),
-        archs=archs or default_archs(settings),
+        archs=archs or (() if from_file else default_archs(settings)),
         chunk_lengths=split_list(chunk_length, "--chunk-length", whole_number),
         decays=split_list(decay, "--decay", one_of(DECAYS)),
         state_dtypes=split_list(state_dtype, "--state-dtype", one_of(DTYPES)),
         state_layouts=split_list(state_layout, "--state-layout", one_of(STATE_LAYOUTS)),
         entries=split_list(entry, "--entry", one_of(ENTRIES)),
     )
-    sources = plan(choices)
+    sources = plan(choices) if from_file is None else plan_from(from_file, archs)
     if dry_run:
         outcomes = look_up(sources, settings)
         if force:
@@ -199,6 +213,36 @@ def show(
             if len(found) * len(asked) > 1:
                 typer.echo(f"==> {name} of {entry.manifest.identity} <==")
             typer.echo(text[name])
+
+
+def explain(
+    kernel: Annotated[str, typer.Argument(help="A slug, or slug.forward.", metavar="SLUG[.ENTRY]")],
+    as_json: JsonOption = False,
+) -> None:
+    """Say where a kernel comes from: a bundle, the cache or a build; and, for each that does not
+    have it, how the nearest that it has differs. Builds nothing.
+
+    Exit code 1 if nothing answers for one of the entries.
+    """
+    from ..ops import get_spec  # noqa: PLC0415
+    from ..render import render  # noqa: PLC0415
+    from .describe import parse_kernel  # noqa: PLC0415
+    from .explain import explain as explain_source  # noqa: PLC0415
+    from .tables import explanation_view, print_json, print_view  # noqa: PLC0415
+
+    config, named = parse_kernel(kernel)
+    spec = get_spec(config.op)
+    explanations = [
+        explain_source(render(spec, config, entry), current_settings())
+        for entry in ([named] if named else spec.entries)
+    ]
+    if as_json:
+        print_json([dataclasses.asdict(explanation) for explanation in explanations])
+    else:
+        for explanation in explanations:
+            print_view(explanation_view(explanation))
+    if any(explanation.answer == "nothing" for explanation in explanations):
+        raise typer.Exit(1)
 
 
 def doctor(

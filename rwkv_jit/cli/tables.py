@@ -17,6 +17,7 @@ from rich.text import Text
 
 from .describe import entry_data, kernel_name
 from .doctor import Check
+from .explain import Explanation
 from .warming import Outcome
 
 _STATUS_STYLES: Mapping[str, str] = {
@@ -145,6 +146,17 @@ def checks_view(checks: Sequence[Check]) -> Group:
         if check.fix
     ]
     return Group(table, *fixes)
+
+
+def explanation_view(explanation: Explanation) -> Group:
+    """Which layer answers for a kernel, then each of them."""
+    rows = [
+        (layer.name, "yes" if layer.answers else "no", layer.where, layer.said)
+        for layer in explanation.layers
+    ]
+    table = make_table(("layer", "answers", "where", "why"), rows, ["where", "why"])
+    title = Text(explanation.kernel, "bold") + Text(f"  from: {explanation.answer}")
+    return Group(title, Padding(table, (0, 0, 1, 2)))
 
 
 def entry_view(data: Mapping[str, Any], log: str) -> Group:

@@ -7,12 +7,15 @@ import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from ..arch import arch_number, cuda_arch_of_capability, host_cpu_arch, is_cuda, parse_arch
 from ..build import build_many, obtain
+from ..bundle import find
 from ..cache import Cache, CacheEntry, cache_key
-from ..config import DEFAULT_CHUNK_LENGTH, OpConfig, default_state_dtype
+from ..config import DEFAULT_CHUNK_LENGTH, DTYPES, OpConfig, default_state_dtype
 from ..errors import ConfigError, KernelMissingError, RwkvJitError, ToolchainError
+from ..kernel_list import read_kernels
 from ..ops import SPECS, get_spec
 from ..render import RenderedSource, render
 from ..settings import Settings
@@ -104,6 +107,34 @@ def plan(choices: Choices) -> list[RenderedSource]:
     return list(found.values())
 
 
+def plan_from(path: Path, archs: Sequence[str]) -> list[RenderedSource]:
+    """The sources of the kernels in a list of them; for `archs` where there are any,
+    instead of those of the file. Raises ConfigError."""
+    found: dict[str, RenderedSource] = {}
+    for config, entry in read_kernels(path):
+        for arch in archs or (config.arch,):
+            source = render(get_spec(config.op), replace(config, arch=arch), entry)
+            found[source.identity] = source
+    return list(found.values())
+
+
+def plan_all(ops: Sequence[str], archs: Sequence[str]) -> list[RenderedSource]:
+    """The sources of every head size and dtype that operators have kernels for on architectures,
+    in other knobs the defaults. ops: all operators if there are none."""
+    sources: list[RenderedSource] = []
+    for spec in [get_spec(name) for name in ops] or SPECS.values():
+        for arch in archs:
+            here = [variant for variant in spec.variants if variant.runs_on(arch)]
+            sizes = sorted({size for variant in here for size in variant.head_sizes})
+            dtypes = [d for d in DTYPES if any(d in variant.dtypes for variant in here)]
+            for head_size, dtype in itertools.product(sizes, dtypes):
+                choices = Choices(archs=(arch,), head_sizes=(head_size,), dtypes=(dtype,))
+                (config,) = _combinations(choices, spec.name)
+                with contextlib.suppress(ConfigError):
+                    sources += _render_entries(spec, config, ())
+    return sources
+
+
 def look_up(sources: Sequence[RenderedSource], settings: Settings) -> list[Outcome]:
     """Which kernels exist ("hit") and which would be built ("missing"). Builds nothing."""
     outcomes = []
@@ -122,8 +153,34 @@ def warm(
     jobs: int | None = None,
     on_result: Callable[[], None] | None = None,
 ) -> list[Outcome]:
-    """Build what does not exist, several at once. on_result: called as each kernel is done.
-    force: builds and replaces what exists, too."""
+    """Build what no bundle and not the cache has, several at once. on_result: called as each kernel
+    is done. force: builds and replaces what exists, too."""
+    bundled = {} if force else _bundled(sources, settings)
+    missing = [source for source in sources if source.identity not in bundled]
+    built = dict(
+        zip(
+            (source.identity for source in missing),
+            build_all(missing, settings, force=force, jobs=jobs, on_result=on_result),
+            strict=True,
+        )
+    )
+    return [
+        Outcome(identity=source.identity, status="hit", entry=bundled[source.identity])
+        if source.identity in bundled
+        else built[source.identity]
+        for source in sources
+    ]
+
+
+def build_all(
+    sources: Sequence[RenderedSource],
+    settings: Settings,
+    *,
+    force: bool = False,
+    jobs: int | None = None,
+    on_result: Callable[[], None] | None = None,
+) -> list[Outcome]:
+    """The same into the cache, whatever bundles have."""
     before = {entry.manifest.created for entry in Cache.open(settings).entries()}
     results = build_many(
         sources,
@@ -178,7 +235,10 @@ def _render_entries(
 
 
 def _find(source: RenderedSource, settings: Settings) -> CacheEntry | None:
-    """What `obtain` would find without building."""
+    """What would be found without building, in a bundle or in the cache."""
+    match = find(source, settings)
+    if match is not None:
+        return match.entry
     if settings.mode != "prebuilt":
         with contextlib.suppress(ToolchainError):
             toolchain = find_toolchain(source.config.arch, settings)
@@ -187,3 +247,9 @@ def _find(source: RenderedSource, settings: Settings) -> CacheEntry | None:
         return obtain(source, settings, policy="never")
     except KernelMissingError:
         return None
+
+
+def _bundled(sources: Sequence[RenderedSource], settings: Settings) -> dict[str, CacheEntry]:
+    """The kernels that bundles have, by identity of the source."""
+    found = {source.identity: find(source, settings) for source in sources}
+    return {name: match.entry for name, match in found.items() if match is not None}

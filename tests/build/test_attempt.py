@@ -60,11 +60,11 @@ def test_library_needs_nothing_of_torch(built: tuple[Settings, CacheEntry]) -> N
     assert all(name.startswith(allowed) for name in needed_libraries(built[1].library))
 
 
-def test_build_leaves_nothing_in_the_cache_but_entry_and_lock(
+def test_build_leaves_nothing_in_the_cache_but_the_entry(
     built: tuple[Settings, CacheEntry],
 ) -> None:
     base = Cache.open(built[0]).root / "v1"
-    assert [path.suffix for path in (base / "locks").iterdir()] == [".lock"]
+    assert len(list((base / "entries").glob("*/*"))) == 1
     for name in ("staging", "quarantine", "failed"):
         assert list((base / name).iterdir()) == []
 

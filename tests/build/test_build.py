@@ -175,8 +175,12 @@ def test_full_disk_is_an_error_that_names_the_cache(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(attempt, "run_worker", refuse)
-    with pytest.raises(CacheError, match=r"No space left on device; .*RWKV_JIT_CACHE_DIR"):
+    with (
+        pytest.warns(RuntimeWarning, match=r"has no space left .* for this process only") as caught,
+        pytest.raises(CacheError, match=r"No space left on device; .*RWKV_JIT_CACHE_DIR"),
+    ):
         obtain(kernel_source(), settings)
+    assert len(caught) == 1
 
 
 def test_many_sources_give_results_in_their_order(settings: Settings) -> None:

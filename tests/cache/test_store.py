@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
 import threading
@@ -21,13 +23,20 @@ from rwkv_jit.cache import (
     Manifest,
     folders,
     hash_file,
-    store,
+    locks,
+    trust,
 )
+from rwkv_jit.cache.keys import digest_fields
 from rwkv_jit.errors import CacheError
 from rwkv_jit.settings import Settings
 
-DIGEST = "ab" * 32
-OTHER = "cd" * 32
+FIELDS = {"operator": "wkv7"}
+DIGEST = digest_fields(FIELDS)
+OTHER_FIELDS = {"operator": "wkv6"}
+OTHER = digest_fields(OTHER_FIELDS)
+THIRD_FIELDS = {"operator": "wkv5"}
+THIRD = digest_fields(THIRD_FIELDS)
+FIELDS_OF = {DIGEST: FIELDS, OTHER: OTHER_FIELDS, THIRD: THIRD_FIELDS}
 ROOT = Path(__file__).parents[2]
 
 
@@ -49,7 +58,7 @@ def fill(
         digest=digest,
         meaning=meaning,
         identity="wkv7.forward",
-        fields={"operator": "wkv7"},
+        fields=FIELDS_OF[digest],
         size=library.stat().st_size,
         sha256=hash_file(library),
         build_seconds=1.5,
@@ -86,7 +95,7 @@ def test_published_entry_is_found_with_its_manifest(cache: Cache) -> None:
     published = publish(cache)
     found = cache.lookup(DIGEST)
     assert found == published
-    assert found.path == cache.root / "v1" / "entries" / "ab" / DIGEST
+    assert found.path == cache.root / "v1" / "entries" / DIGEST[:2] / DIGEST
     assert found.library.read_text() == "library"
     assert found.log.read_text() == "log"
     assert found.source.name == "source.cpp"
@@ -174,7 +183,7 @@ def test_entry_that_is_a_link_goes_to_quarantine(cache: Cache, tmp_path: Path) -
 
 def test_entry_under_another_digest_is_refused(cache: Cache) -> None:
     path = publish(cache).path
-    target = cache.root / "v1" / "entries" / "cd" / OTHER
+    target = cache.root / "v1" / "entries" / OTHER[:2] / OTHER
     target.parent.mkdir(mode=0o700)
     path.rename(target)
     with pytest.warns(RuntimeWarning, match=f"that of {DIGEST[:16]}"):
@@ -194,7 +203,7 @@ def test_folder_that_others_can_write_is_refused(cache: Cache) -> None:
 def test_folder_of_another_user_is_refused(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     publish(cache)
     me = os.geteuid()
-    monkeypatch.setattr(folders.os, "geteuid", lambda: me + 1)
+    monkeypatch.setattr(trust.os, "geteuid", lambda: me + 1)
     if me == 0:
         for path in (cache.root, *cache.root.rglob("*")):
             os.chown(path, 12345, -1)
@@ -210,7 +219,7 @@ def test_digest_that_is_none_is_refused(cache: Cache) -> None:
 def test_meaning_finds_the_newest_entry_that_is_whole(cache: Cache) -> None:
     publish(cache, DIGEST, age=1)
     newest = publish(cache, OTHER)
-    publish(cache, "ef" * 32, meaning="another")
+    publish(cache, THIRD, meaning="another")
     assert cache.find_meaning("m") == newest
     newest.library.write_text("broken")
     with pytest.warns(RuntimeWarning, match="is not usable"):
@@ -226,9 +235,10 @@ def test_entries_and_clear_tell_what_there_is(cache: Cache) -> None:
     assert [found.path for found in cache.entries()] == [entry.path]
     size = sum(file.stat().st_size for file in entry.path.iterdir())
     assert cache.total_bytes() >= size
+    assert dict(cache.clear(dry_run=True)) == {log: 3}
+    cache.release()
     listed = cache.clear(dry_run=True)
     assert dict(listed) == {entry.path: size, log: 3}
-    assert cache.lookup(DIGEST) == entry
     assert cache.clear(dry_run=False) == listed
     assert cache.lookup(DIGEST) is None
     assert cache.clear(dry_run=True) == []
@@ -293,7 +303,7 @@ def test_staging_of_dead_processes_is_swept(cache: Cache) -> None:
 def test_waiting_for_a_lock_names_its_holder_and_ends_at_the_deadline(
     cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "_ANNOUNCE_SECONDS", 0.2)
+    monkeypatch.setattr(locks, "_FIRST_ANNOUNCEMENT_SECONDS", 0.2)
     heard: list[str] = []
     with lock_held_elsewhere(cache.root, DIGEST) as holder:
         with cache.lock(DIGEST, 0.7, lambda _, who: heard.append(who)) as held:
@@ -301,7 +311,7 @@ def test_waiting_for_a_lock_names_its_holder_and_ends_at_the_deadline(
         with cache.lock(OTHER, 5, ignore) as held:
             assert held
     assert 1 <= len(heard) <= 4
-    assert f"process {holder} on " in heard[0]
+    assert re.fullmatch(rf"process {holder} on {socket.gethostname()}, at it for \d+ s", heard[0])
 
 
 def test_waiting_for_a_lock_ends_when_it_is_stopped(cache: Cache) -> None:
@@ -327,7 +337,7 @@ def test_lock_of_a_killed_process_is_free_at_once(cache: Cache) -> None:
 def test_lock_without_flock_is_not_held_and_does_not_wait(
     cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "has_flock", lambda _: False)
+    monkeypatch.setattr(locks, "has_flock", lambda _: False)
     with cache.lock(DIGEST, 30, ignore) as held:
         assert not held
 
@@ -352,7 +362,7 @@ def test_lock_excludes_threads(cache: Cache) -> None:
 
 
 def test_holder_file_is_gone_after_the_lock(cache: Cache) -> None:
-    holder = cache.root / "v1" / "locks" / f"{DIGEST}.json"
+    holder = locks.lock_folder(cache.root) / f"{DIGEST}.json"
     with cache.lock(DIGEST, 5, ignore):
         assert json.loads(holder.read_text())["pid"] == os.getpid()
     assert not holder.exists()
