@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _ctypes
 import ctypes
 import os
 from collections.abc import Mapping
@@ -114,6 +115,8 @@ def load_kernel(spec: OpSpec, config: OpConfig, entry: str, library: Path) -> Ke
     loaded.rwkv_jit_error.argtypes = [ctypes.c_int]
     said, abi = loaded.rwkv_jit_identity().decode(), loaded.rwkv_jit_abi()
     if (said, abi) != (identity, LAUNCHER_ABI):
+        # Or what is built in its place would be taken for this one, whose path it has.
+        _ctypes.dlclose(loaded._handle)
         raise KernelLoadError(
             f"{identity}: {library} says it is {said} with launcher ABI {abi}, "
             f"but {identity} with ABI {LAUNCHER_ABI} was expected"

@@ -81,8 +81,7 @@ class KernelTable:
         settings = current_settings()
         found = self._from_bundles(spec, source, settings)
         if found is None:
-            origin = self._from_cache(source, settings)
-            found = LoadedKernel(load_kernel(spec, config, entry, origin.library), origin)
+            found = self._open(spec, source, settings)
         with self._lock:
             return self._loaded.setdefault((slug, entry), found)
 
@@ -107,6 +106,21 @@ class KernelTable:
             warnings.warn(f"rwkv_jit: {error}; it is passed over", RuntimeWarning, stacklevel=2)
             return None
         return LoadedKernel(kernel, match.entry)
+
+    def _open(self, spec: OpSpec, source: RenderedSource, settings: Settings) -> LoadedKernel:
+        """The kernel from the cache. One whose hashes are right but which is not what it should
+        be is built again, once, where building is not forbidden."""
+        origin = self._from_cache(source, settings)
+        try:
+            kernel = load_kernel(spec, source.config, source.entry, origin.library)
+        except KernelLoadError as error:
+            never = self._policy(source) == "never" or self._frozen != "off"
+            if never or settings.mode == "prebuilt":
+                raise
+            warnings.warn(f"rwkv_jit: {error}; it is built again", RuntimeWarning, stacklevel=2)
+            origin = _obtain(source, settings, "always")
+            kernel = load_kernel(spec, source.config, source.entry, origin.library)
+        return LoadedKernel(kernel, origin)
 
     def _from_cache(self, source: RenderedSource, settings: Settings) -> CacheEntry:
         """The cache's entry, built if need be and not forbidden."""
