@@ -40,7 +40,7 @@ _CUDA_FLAGS = (
     "-U__CUDA_NO_BFLOAT16_CONVERSIONS__",
 )
 _WAYS_OUT = (
-    "use a cache that `rwkv-jit warm` filled elsewhere (RWKV_JIT_CACHE_DIR), "
+    "use a bundle (RWKV_JIT_BUNDLE_PATH) or a cache (RWKV_JIT_CACHE_DIR) that was built elsewhere, "
     "or run the PyTorch recurrence (RWKV_JIT_MODE=reference)"
 )
 
