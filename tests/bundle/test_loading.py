@@ -401,7 +401,11 @@ def test_a_bundle_for_this_gpu_runs_with_nvcc_hidden(public_folder: Path, tmp_pa
     subprocess.run(
         [*command, "--arch", arch, "--head-size", "64", "--dtype", "bf16"],
         # The build has no GPU.
-        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+            "CUDA_VISIBLE_DEVICES": "",
+        },
         check=True,
     )
     make_read_only(out)
