@@ -20,11 +20,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
-
-import filelock
+from typing import TYPE_CHECKING, Any
 
 from .folders import is_alive, process_scope
+
+if TYPE_CHECKING:
+    import filelock
 
 _FIRST_ANNOUNCEMENT_SECONDS = 1.0
 _ANNOUNCE_SECONDS = 5.0
@@ -67,6 +68,9 @@ def hold_lock(
     without. While it waits it calls `announce` every few seconds with the seconds waited and a
     description of the holder.
     """
+    # Only a build needs it, and importing it takes longer than finding a kernel.
+    import filelock  # noqa: PLC0415
+
     lock: filelock.BaseFileLock | None = None
     holder = Path()
     # Without flock filelock may turn to a lock that lives by existing, which would outlive a
@@ -112,7 +116,7 @@ def _acquire(
     announcement = _FIRST_ANNOUNCEMENT_SECONDS
     dead_since: float | None = None
     while True:
-        with contextlib.suppress(filelock.Timeout):
+        with contextlib.suppress(TimeoutError):
             lock.acquire(timeout=0)
             return True
         now = time.monotonic()
