@@ -40,7 +40,8 @@ _CUDA_FLAGS = (
     "-U__CUDA_NO_BFLOAT16_CONVERSIONS__",
 )
 _WAYS_OUT = (
-    "use a bundle (RWKV_JIT_BUNDLE_PATH) or a cache (RWKV_JIT_CACHE_DIR) that was built elsewhere, "
+    "use kernels built elsewhere: a bundle (`rwkv-jit bundle build`, RWKV_JIT_BUNDLE_PATH) or a "
+    "cache (`rwkv-jit warm`, RWKV_JIT_CACHE_DIR), "
     "or run the PyTorch recurrence (RWKV_JIT_MODE=reference)"
 )
 
