@@ -199,7 +199,8 @@ def get_op(
     name: one of `list_ops()`.
     head_size: N. On a CPU a multiple of 8 up to 256; on a GPU 16, 32, 64, 128 or 256.
     dtype: of r, k, v, a, b and y: bfloat16, float16 or float32, on a CPU float64 too.
-    chunk_length: L, tokens between the states that are kept for the backward; 16 if None.
+    chunk_length: L, tokens that a kernel takes together, or that lie between the states kept for
+        the backward; 16 if None.
     device: where it will run. None is the GPU if there is one, else the CPU.
     arch: what to compile for, e.g. "9.0a"; None is the device's own.
     decay: what w means: "loglog" d = exp(-exp(w)), "logit" d = exp(-exp(-1/2) sigmoid(w)),
