@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import tempfile
@@ -49,6 +50,7 @@ def want_as(
 ) -> dict[str, Any]:
     """Want a kernel, as another user, in one process; what came of it, or the refusal."""
     crew.hire_function(counter)
+    importlib.import_module("filelock")  # another user may not be able to read this Python
     become(user)
     tempfile.tempdir = None
     try:
