@@ -11,6 +11,8 @@ using Gate = rwkv_jit::Decay<DECAY, Real, VECTOR_BYTES>;
 constexpr int WIDTH = VECTOR_BYTES / sizeof(Real);
 static_assert(N % WIDTH == 0, "a row is a whole number of vectors");
 
+inline Real* reals(Vector* row) { return reinterpret_cast<Real*>(row); }
+
 // Rows of the state that are advanced together: as many as leave every vector in a register.
 constexpr int BLOCK_VECTORS = VECTOR_BYTES == 64 ? 4 : 2;
 constexpr int BLOCK_ROWS = BLOCK_VECTORS * WIDTH;

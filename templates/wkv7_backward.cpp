@@ -41,14 +41,9 @@ struct Workspace {
   alignas(64) Real v[L][N], dy[L][N], dv[L][N];
 };
 
-Real* reals(Vector* row) { return reinterpret_cast<Real*>(row); }
-
 void load_tokens(const Arguments& args, int64_t first, int count, int64_t head, Workspace& work) {
   for (int t = 0; t < count; ++t) {
     const int64_t row = (first + t) * args.H + head;
-    if (first + t >= L)
-      for (const void* tensor : {args.r, args.w, args.k, args.v, args.a, args.b, args.dy})
-        prefetch_row<Element, N>(tensor, row - L * args.H);
     load_row<Element, N>(args.r, row, reals(work.r[t]));
     load_row<Element, N>(args.k, row, reals(work.k[t]));
     load_row<Element, N>(args.v, row, work.v[t]);
@@ -73,10 +68,13 @@ Real dot(const Row& left, const Row& right) {
   return lane_sum<Real, WIDTH>(sum);
 }
 
-// Takes rows first .. first + ROWS through `count` tokens forward, then backward.
-void run_rows(Workspace& work, int first, int count) {
+// Takes rows first .. first + ROWS through `count` tokens forward, then backward, and asks for its
+// share of the chunk whose tokens begin at row `next` of the inputs.
+void run_rows(const Arguments& args, int64_t next, Workspace& work, int first, int count) {
   Real sa[L][ROWS];
   for (int t = 0; t < count; ++t) {
+    for (const void* tensor : {args.r, args.w, args.k, args.v, args.a, args.b, args.dy})
+      prefetch_values<Element, ROWS>(tensor, (next + t * args.H) * N + first);
     for (int i = 0; i < ROWS; ++i) sa[t][i] = dot(work.history[t][i], work.a[t]);
     const Real *v = work.v[t] + first, *dy = work.dy[t] + first;
     for (int x = 0; x < VECTORS; ++x) {
@@ -160,7 +158,7 @@ void run_head(const Arguments& args, int64_t s, int64_t head, Workspace& work) {
       for (int i = 0; i < ROWS; ++i)
         for (int j = 0; j < N; ++j)
           reals(work.history[0][i])[j] = checkpoint[packed_index<N, BLOCK_ROWS>(row + i, j)];
-      run_rows(work, row, count);
+      run_rows(args, (first - L) * args.H + head, work, row, count);
     }
     store_gradients(args, first, count, head, work);
   }

@@ -14,30 +14,23 @@ struct Exponential {
   using Vector = typename VectorOf<Real, BYTES>::type;
   Vector value, less_one;  // e^x and e^x - 1, each good to 2 ulp
 
+  // x from -88, where e^x is 0 in float32, to 88, or not a number.
   explicit Exponential(Vector x) {
     if constexpr (std::is_same_v<Real, float>) {
       using Bits = typename VectorOf<int32_t, BYTES>::type;
-      const Vector low = x < -88.0f ? Vector{} - 88.0f : x;
-      const Vector bounded = low > 89.0f ? Vector{} + 89.0f : low;
       const float shifter = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
-      const Vector n = (bounded * 1.44269504f + shifter) - shifter;
-      Vector r = bounded - n * 0.693359375f;
+      const Vector n = (x * 1.44269504f + shifter) - shifter;
+      Vector r = x - n * 0.693359375f;
       r = r + n * 2.12194440e-4f;
-      Vector rest = r * (1.0f / 5040) + 1.0f / 720;  // e^r - 1, by its series
-      rest = rest * r + 1.0f / 120;
-      rest = rest * r + 1.0f / 24;
-      rest = rest * r + 1.0f / 6;
-      rest = rest * r + 0.5f;
-      rest = r + r * r * rest;
-      // 2^n, by its exponent: 0 below the smallest normal number, 255 (infinity) past the largest.
-      Bits exponent = __builtin_convertvector(n, Bits) + 127;
-      exponent = x < -87.3f ? Bits{} : exponent;
-      exponent = x > 88.7f ? Bits{} + 255 : exponent;
+      const Vector r2 = r * r;  // e^r - 1, by its series, in a tree for speed
+      const Vector first = r * (1.0f / 6) + 0.5f, second = r * (1.0f / 120) + 1.0f / 24,
+                   third = r * (1.0f / 5040) + 1.0f / 720;
+      const Vector rest = r + r2 * (first + r2 * (second + r2 * third));
+      // 2^n, by its exponent: n = -127, below the smallest normal number, gives 0.
+      const Bits exponent = __builtin_convertvector(n, Bits) + 127;
       const Vector scale = reinterpret_cast<Vector>(exponent << 23);
-      rest = exponent == 0 ? Vector{} : rest;
-      rest = exponent == 255 ? Vector{} + 1.0f : rest;  // no 0 * infinity
-      value = x == x ? scale * (1 + rest) : x;
-      less_one = x == x ? scale * rest + (scale - 1) : x;
+      value = scale * rest + scale;
+      less_one = scale * rest + (scale - 1);
     } else {
       for (unsigned lane = 0; lane < BYTES / sizeof(Real); ++lane) {
         value[lane] = std::exp(x[lane]);
@@ -49,8 +42,7 @@ struct Exponential {
 
 // A token's decay factor d, as keep + change with keep 0 or 1: the state is advanced as
 // keep * S + (change * S + ...), which loses no digits of d near 1, or of the rest where d is near
-// 0.
-// slope is dd/dw.
+// 0. slope is dd/dw.
 template <DecayKind KIND, typename Real, int BYTES>
 struct Decay {
   using Vector = typename VectorOf<Real, BYTES>::type;
@@ -59,22 +51,30 @@ struct Decay {
   explicit Decay(Vector w) {
     using Exp = Exponential<Real, BYTES>;
     const Vector one = Vector{} + 1;
-    Vector log_d = w, log_slope = one;  // log_slope is dlog d / dw
+    Vector log_d = bounded(w, FAR, -LEAST), log_slope = one;  // log_slope is dlog d / dw
     if (KIND == LOGLOG) {
-      log_d = -Exp(w).value;
+      log_d = log_slope = -Exp(bounded(w, LEAST, Real(9.25))).value;
     } else if (KIND == LOGIT) {
-      const Vector gate = 1 / (1 + Exp(-w).value);
+      const Vector gate = 1 / (1 + Exp(bounded(-w, LEAST, -LEAST)).value);
       log_d = Real(-0.60653065971263342) * gate;  // -exp(-1/2)
       log_slope = log_d * (1 - gate);
     }
-    // Past this d is 0 in any precision; finite, so that 0 * log d is 0.
-    log_d = log_d < Real(-1e4) ? Vector{} - Real(1e4) : log_d;
-    log_slope = KIND == LOGLOG ? log_d : log_slope;
-    const Exp d(log_d);
+    const Exp d(log_d < LEAST ? Vector{} + LEAST : log_d);
     const auto far_from_one = d.less_one < Real(-0.5);
     keep = far_from_one ? Vector{} : one;
     change = far_from_one ? d.value : d.less_one;
     slope = d.value * log_slope;
+  }
+
+ private:
+  // Past the first e^x is 0 (in float64 the smallest normal number); past the second d is 0 in any
+  // precision, and 0 * log d is 0 because log d is finite.
+  static constexpr Real LEAST = sizeof(Real) == sizeof(float) ? -88 : -708;
+  static constexpr Real FAR = -1e4;
+
+  static Vector bounded(Vector x, Real low, Real high) {
+    const Vector above = x < low ? Vector{} + low : x;
+    return above > high ? Vector{} + high : above;
   }
 };
 

@@ -29,12 +29,14 @@ inline void load_decay_row(const void* from, int32_t dtype, int64_t row, Real* t
   }
 }
 
-// Asks for a row that will be read soon: rows of one head lie too far apart for the processor to
-// guess.
-template <typename Element, int N>
-inline void prefetch_row(const void* from, int64_t row) {
-  const char* first = static_cast<const char*>(from) + row * N * sizeof(Element);
-  for (unsigned at = 0; at < N * sizeof(Element); at += 64) __builtin_prefetch(first + at);
+// Asks for the cache lines that hold COUNT values, aligned to COUNT, that will be read soon: rows
+// of one head lie too far apart for the processor to guess. Spread over the arithmetic in between,
+// this hides the memory.
+template <typename Element, int COUNT>
+inline void prefetch_values(const void* from, int64_t first) {
+  const char* start = static_cast<const char*>(from) + first * int64_t{sizeof(Element)};
+  for (int at = 0; at < COUNT * int{sizeof(Element)}; at += 64)
+    __builtin_prefetch(start + at, 0, 1);  // not into the nearest cache, which is full
 }
 
 }  // namespace rwkv_jit

@@ -1,7 +1,9 @@
 #pragma once
 // Vectors of the compiler's own extension (GCC and Clang).
+#include <cstddef>
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 
 namespace rwkv_jit {
 
@@ -10,23 +12,34 @@ struct VectorOf {
   typedef Real type __attribute__((vector_size(BYTES), may_alias));
 };
 
-// The sum of a vector's lanes, by halves: the order depends on the vector's width alone.
-template <typename Real, int WIDTH, typename Vector>
-inline Real lane_sum(Vector vector) {
-#if defined(__GNUC__) && !defined(__clang__)
-  using Index = std::conditional_t<sizeof(Real) == 8, int64_t, int32_t>;
-  typedef Index Order __attribute__((vector_size(sizeof(Vector))));
-  for (int half = WIDTH / 2; half > 0; half /= 2) {
-    Order order;
-    for (int lane = 0; lane < WIDTH; ++lane) order[lane] = (lane + half) % WIDTH;
-    vector += __builtin_shuffle(vector, order);
-  }
-  return vector[0];
+// A value in every lane. Taking zero away is exact and, unlike adding it, nothing to the compiler,
+// which then broadcasts from memory.
+template <typename Vector, typename Real>
+inline Vector splat(Real value) {
+  return value - Vector{};
+}
+
+// The lanes of a vector, the upper HALF of them moved down.
+template <int HALF, typename Vector, size_t... LANE>
+inline Vector upper_half(Vector vector, std::index_sequence<LANE...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(vector, vector, (LANE + HALF) % sizeof...(LANE)...);
 #else
-  for (int half = WIDTH / 2; half > 0; half /= 2)
-    for (int lane = 0; lane < half; ++lane) vector[lane] += vector[lane + half];
-  return vector[0];
+  using Index = std::conditional_t<sizeof(vector[0]) == 8, int64_t, int32_t>;
+  typedef Index Order __attribute__((vector_size(sizeof(Vector))));
+  return __builtin_shuffle(vector, Order{Index{(LANE + HALF) % sizeof...(LANE)}...});
 #endif
+}
+
+// The sum of a vector's lanes, by halves: the order depends on the vector's width alone.
+template <typename Real, int WIDTH, int HALF = WIDTH / 2, typename Vector>
+inline Real lane_sum(Vector vector) {
+  if constexpr (HALF == 0) {
+    return vector[0];
+  } else {
+    const auto lanes = std::make_index_sequence<WIDTH>();
+    return lane_sum<Real, WIDTH, HALF / 2>(vector + upper_half<HALF>(vector, lanes));
+  }
 }
 
 }  // namespace rwkv_jit
