@@ -1,70 +1,116 @@
 namespace {
 
+using rwkv_jit::Accumulator;
+using rwkv_jit::bf16;
+using rwkv_jit::Chunk;
+using rwkv_jit::OperandA;
+using rwkv_jit::OperandB;
+using rwkv_jit::ROW;
+using rwkv_jit::Tokens;
+using rwkv_jit::TOKENS;
+
 using StateElement = rwkv_jit::{{state_dtype}};
 constexpr auto DECAY = static_cast<rwkv_jit::DecayKind>({{decay}});
 constexpr int WARPS = 4;
+constexpr int STEPS = N / 16;                // of sixteen channels
 constexpr int SPAN = {{checkpoint_tokens}};  // tokens between two checkpoints
 constexpr int SHARED_BYTES = {{shared_bytes}};
 static_assert(sizeof(rwkv_jit::{{dtype}}) == 2 && N == rwkv_jit::CHANNELS);
-static_assert(L == rwkv_jit::TOKENS && SPAN == WARPS * L);
+static_assert(L == TOKENS && SPAN == WARPS * L);
 
-// This lane's place in the state's matrix: rows g and g + 8 of the warp's 16.
-__device__ __forceinline__ int64_t state_place(int64_t head_index, int tile, int at) {
-  const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + at / 2 * 8;
-  const int key = rwkv_jit::channel_of(tile, threadIdx.x % 4, at % 2);
+// A warp's sixteen rows of the state, [value, key].
+using State = Accumulator[STEPS][2];
+
+__device__ __forceinline__ int own_value() { return threadIdx.x / 32 * 16; }
+
+// This lane's place in the state's matrix.
+__device__ __forceinline__ int64_t state_place(int64_t head_index, int step, int tile, int at) {
+  const int row = own_value() + threadIdx.x % 32 / 4 + at / 2 * 8;
+  const int key = 16 * step + 8 * tile + threadIdx.x % 4 * 2 + at % 2;
   return head_index * N * N + (STATE_IS_KV ? key * N + row : row * N + key);
 }
 
-__device__ __forceinline__ void load_state(const void* from, int64_t head_index,
-                                           rwkv_jit::Accumulator (&state)[8]) {
+__device__ __forceinline__ void load_state(const void* from, int64_t head_index, State& state) {
 #pragma unroll
-  for (int tile = 0; tile < 8; ++tile)
+  for (int step = 0; step < STEPS; ++step)
 #pragma unroll
-    for (int at = 0; at < 4; ++at)
-      state[tile][at] = from == nullptr ? 0.0f
+    for (int at = 0; at < 8; ++at)
+      state[step][at / 4][at % 4] = from == nullptr
+                                        ? 0.0f
                                         : rwkv_jit::load_at<StateElement>(
-                                              from, state_place(head_index, tile, at));
+                                              from, state_place(head_index, step, at / 4, at % 4));
 }
 
-__device__ __forceinline__ void store_state(const rwkv_jit::Accumulator (&state)[8], void* to,
-                                            int64_t head_index) {
+__device__ __forceinline__ void store_state(const State& state, void* to, int64_t head_index) {
   if (to == nullptr) return;
 #pragma unroll
-  for (int tile = 0; tile < 8; ++tile)
+  for (int step = 0; step < STEPS; ++step)
 #pragma unroll
-    for (int at = 0; at < 4; ++at)
-      rwkv_jit::store_at<StateElement>(to, state_place(head_index, tile, at), state[tile][at]);
+    for (int at = 0; at < 8; ++at)
+      rwkv_jit::store_at<StateElement>(to, state_place(head_index, step, at / 4, at % 4),
+                                       state[step][at / 4][at % 4]);
 }
 
-// Checkpoints lie as the lanes hold them: [warp, tile, lane, 4].
-__device__ __forceinline__ float4* checkpoint_place(const Arguments& args, int64_t head,
-                                                    int64_t place) {
-  float* to = static_cast<float*>(args.checkpoints) + (place * args.H + head) * N * N;
-  return reinterpret_cast<float4*>(to) + threadIdx.x / 32 * 8 * 32 + threadIdx.x % 32;
+__device__ __forceinline__ Tokens tokens_of(const Arguments& args,
+                                            const rwkv_jit::Sequence& sequence, int64_t head) {
+  return {(sequence.begin * args.H + head) * N, args.H * N,
+          static_cast<int>(sequence.end - sequence.begin)};
 }
 
-[[maybe_unused]] __device__ __forceinline__ void load_checkpoint(
-    const Arguments& args, int64_t head, int64_t place, rwkv_jit::Accumulator (&state)[8]) {
-  const float4* checkpoint = checkpoint_place(args, head, place);
+// Checkpoints lie as the lanes hold them: [warp, step, tile, lane, 4].
+__device__ __forceinline__ float4* checkpoint_place(void* checkpoint) {
+  return static_cast<float4*>(checkpoint) + threadIdx.x / 32 * STEPS * 2 * 32 + threadIdx.x % 32;
+}
+
+// state <- state diag(P_L) + left_a right_a + left_b right_b.
+__device__ __forceinline__ void step_state(State& state, const Chunk& chunk, const OperandA& left_a,
+                                           const bf16 (&right_a)[TOKENS][ROW],
+                                           const OperandA& left_b,
+                                           const bf16 (&right_b)[TOKENS][ROW]) {
+  const int q = threadIdx.x % 4;
 #pragma unroll
-  for (int tile = 0; tile < 8; ++tile) {
-    const float4 four = checkpoint[tile * 32];
-    state[tile][0] = four.x, state[tile][1] = four.y;
-    state[tile][2] = four.z, state[tile][3] = four.w;
+  for (int step = 0; step < STEPS; ++step) {
+#pragma unroll
+    for (int tile = 0; tile < 2; ++tile) {
+      Accumulator& sum = state[step][tile];
+      const float2 decay =
+          *reinterpret_cast<const float2*>(&chunk.total[16 * step + 8 * tile + 2 * q]);
+      sum[0] *= decay.x, sum[1] *= decay.y;
+      sum[2] *= decay.x, sum[3] *= decay.y;
+    }
+    OperandB right;
+    rwkv_jit::load<ROW>(&right_a[0][16 * step], right);
+    rwkv_jit::add_product(state[step], left_a, right);
+    rwkv_jit::load<ROW>(&right_b[0][16 * step], right);
+    rwkv_jit::add_product(state[step], left_b, right);
   }
 }
 
-// A span's rows of one tensor to shared memory, zeros past the end; there after copies_done().
-__device__ __forceinline__ void copy_rows(const void* from, int64_t heads, int64_t first,
-                                          int64_t end, int64_t head,
-                                          rwkv_jit::bf16 (*to)[rwkv_jit::ROW]) {
-  for (int at = threadIdx.x; at < SPAN * N / 8; at += WARPS * 32) {
-    const int token = at / (N / 8), column = at % (N / 8) * 8;
-    const bool valid = first + token < end;
-    const int64_t row = (valid ? first + token : first) * heads + head;
-    rwkv_jit::copy_async(&to[token][column],
-                         static_cast<const rwkv_jit::bf16*>(from) + row * N + column, valid);
-  }
+// Writes this warp's sixteen values, [value, token], of a chunk to a tensor.
+__device__ __forceinline__ void store_values(const Accumulator (&values)[2], void* to,
+                                             const Tokens& tokens, int first) {
+  const int token = first + threadIdx.x % 32 / 4;
+  const OperandB rows = rwkv_jit::to_second(rwkv_jit::to_operand(values[0], values[1]));
+  bf16* place = static_cast<bf16*>(to) + tokens.at(token) + own_value() + threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int part = 0; part < 4; ++part)
+    if (token + part / 2 * 8 < tokens.count)
+      *reinterpret_cast<uint32_t*>(place + part / 2 * 8 * tokens.stride + part % 2 * 8) =
+          rows.at[part];
+}
+
+// Sixteen rows of the state for each warp, 64 tokens at a time: one block for a sequence and head.
+template <typename Shared>
+int launch(void (*kernel)(Arguments), const Arguments& args) {
+  static_assert(sizeof(Shared) == SHARED_BYTES, "the spec knows how much it is");
+  const int64_t blocks = args.S * args.H;
+  if (blocks == 0) return cudaSuccess;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES);
+  if (error != cudaSuccess) return error;
+  const auto stream = static_cast<cudaStream_t>(args.stream);
+  kernel<<<static_cast<unsigned>(blocks), WARPS * 32, SHARED_BYTES, stream>>>(args);
+  return cudaGetLastError();
 }
 
 }  // namespace

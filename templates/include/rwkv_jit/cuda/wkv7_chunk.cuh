@@ -29,24 +29,6 @@ struct Chunk {
   };
 };
 
-// The two k-steps of sixteen channels that a lane's packed pairs make up.
-__device__ __forceinline__ void to_operand(const uint32_t (&pairs)[2][4], int step,
-                                           Operand& operand) {
-  operand[0] = pairs[0][2 * step], operand[1] = pairs[1][2 * step];
-  operand[2] = pairs[0][2 * step + 1], operand[3] = pairs[1][2 * step + 1];
-}
-
-__device__ __forceinline__ void add_product(Accumulator (&sum)[2], const uint32_t (&left)[2][4],
-                                            const uint32_t (&right)[2][4]) {
-#pragma unroll
-  for (int step = 0; step < 2; ++step) {
-    Operand a, b;
-    to_operand(left, step, a);
-    to_operand(right, step, b);
-    mma_pair(sum[0], sum[1], a, b);
-  }
-}
-
 // Zeros above the diagonal, and on it if STRICT; selected, as what is there may be infinite.
 template <bool STRICT>
 __device__ __forceinline__ void lower_triangle(Accumulator (&matrix)[2]) {
@@ -111,93 +93,107 @@ __device__ __forceinline__ void solve(Chunk& chunk) {
   __syncwarp();
 }
 
-// A pair of values times a factor each.
-__device__ __forceinline__ uint32_t scaled(uint32_t pair, float low, float high) {
-  return pack(low_of(pair) * low, high_of(pair) * high);
+// A pair of values times a factor each: a tile's factors of token g, or g + 8 if `row` is 1.
+__device__ __forceinline__ uint32_t scaled(uint32_t pair, const Accumulator& factors, int row) {
+  return pack(low_of(pair) * factors[2 * row], high_of(pair) * factors[2 * row + 1]);
 }
 
-// Where a lane's pair of channels lies in a chunk's rows.
-__device__ __forceinline__ uint32_t* place(bf16 (&rows)[TOKENS][ROW], int half, int row, int pair) {
-  const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
-  return reinterpret_cast<uint32_t*>(&rows[g + row * 8][(half * 4 + pair) * 8 + 2 * q]);
+// Rows of tokens times factors, as a first operand [token, channel] or a second [channel, token].
+__device__ __forceinline__ OperandA scaled(const OperandA& rows, const Accumulator (&factors)[2]) {
+  OperandA to;
+#pragma unroll
+  for (int at = 0; at < 4; ++at) to.at[at] = scaled(rows.at[at], factors[at / 2], at % 2);
+  return to;
+}
+__device__ __forceinline__ OperandB scaled(const OperandB& rows, const Accumulator (&factors)[2]) {
+  OperandB to;
+#pragma unroll
+  for (int at = 0; at < 4; ++at) to.at[at] = scaled(rows.at[at], factors[at % 2], at / 2);
+  return to;
 }
 
-// Prepares the chunk whose tokens are first .. first + 15, by one warp. Those from `end` on are no
-// tokens: they leave the state as it is. A_qb goes to rows of 24 where it is asked for.
-template <DecayKind KIND, typename Args>
-__device__ __forceinline__ void prepare(const Args& args, int64_t first, int64_t end, int64_t head,
-                                        const Raw& raw, Chunk& chunk, bf16* qb_rows = nullptr) {
+// Writes such rows at a chunk's channels.
+__device__ __forceinline__ void store_rows(const OperandA& rows, bf16* to) {
   const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
-  const bool valid[2] = {first + g < end, first + g + 8 < end};
-  const float* wide[2] = {nullptr, nullptr};  // this lane's rows of a float32 w
-  if (args.w_dtype == FP32) {
-    wide[0] = static_cast<const float*>(args.w) + ((first + g) * args.H + head) * CHANNELS;
-    wide[1] = wide[0] + 8 * args.H * CHANNELS;
+#pragma unroll
+  for (int at = 0; at < 4; ++at)
+    *reinterpret_cast<uint32_t*>(to + (g + at % 2 * 8) * ROW + at / 2 * 8 + 2 * q) = rows.at[at];
+}
+__device__ __forceinline__ void store_rows(const OperandB& rows, bf16* to) {
+  store_rows(OperandA{rows.at[0], rows.at[2], rows.at[1], rows.at[3]}, to);
+}
+
+// Such rows as accumulators.
+__device__ __forceinline__ void widen(const OperandA& rows, Accumulator (&to)[2]) {
+#pragma unroll
+  for (int at = 0; at < 4; ++at) {
+    to[at / 2][at % 2 * 2] = low_of(rows.at[at]);
+    to[at / 2][at % 2 * 2 + 1] = high_of(rows.at[at]);
   }
+}
+
+// Prepares the chunk whose tokens are first .. first + 15, by one warp. Those that are not there
+// leave the state as it is. A_qb goes to rows of 24 where it is asked for. `ask` asks
+// for memory that is needed next; it is called where registers have become free.
+template <DecayKind KIND, typename Args, typename Ask>
+__device__ __forceinline__ void prepare(const Args& args, const Tokens& tokens, int first,
+                                        const Raw& raw, Chunk& chunk, bf16* qb_rows,
+                                        const Ask& ask) {
+  const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+  const TokenSums sums;
   Accumulator ab[2] = {}, ak[2] = {}, qb[2] = {}, qk[2] = {};
-  uint32_t r_state[2][8];
+  OperandA r_state[CHANNELS / 16];
 
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    Sums sums;
-    sums.template load<KIND>(raw, wide, half, valid);
-    uint32_t a_pairs[2][4], r_pairs[2][4], other[2][4];
+  for (int step = 0; step < CHANNELS / 16; ++step) {
+    const int channel = 16 * step;
+    float log_d[8];
+    if (args.w_dtype == FP32) {
+      load_wide_decay(args.w, tokens, first, channel, log_d);
+    } else {
+      OperandB pairs;
+      load<ROW>(&raw.w[0][channel], pairs);
 #pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      load_eight(raw.a, half, row, a_pairs[row]);
-      load_eight(raw.r, half, row, r_pairs[row]);
-#pragma unroll
-      for (int pair = 0; pair < 4; ++pair) {
-        const int x = 2 * pair, y = x + 1;
-        uint32_t &a = a_pairs[row][pair], &r = r_pairs[row][pair];
-        *place(chunk.w, half, row, pair) =
-            scaled(a, exp2_fast(sums.before(row, x)), exp2_fast(sums.before(row, y)));
-        a = scaled(a, exp2_fast(sums.bounded_before(row, x)),
-                   exp2_fast(sums.bounded_before(row, y)));
-        r_state[row][half * 4 + pair] =
-            scaled(r, exp2_fast(sums.state[row][x]), exp2_fast(sums.state[row][y]));
-        r = scaled(r, exp2_fast(sums.bounded[row][x]), exp2_fast(sums.bounded[row][y]));
-      }
+      for (int at = 0; at < 8; ++at)
+        log_d[at] = at % 2 ? high_of(pairs.at[at / 2]) : low_of(pairs.at[at / 2]);
     }
-    // From here on the sums are factors: from the token to the chunk's end, and to its middle.
 #pragma unroll
-    for (int row = 0; row < 2; ++row)
+    for (int at = 0; at < 8; ++at)
+      log_d[at] = first + operand_token(at) < tokens.count ? log2_decay<KIND>(log_d[at]) : 0.0f;
+    const Decays decays = decays_of<KIND>(log_d);
+
+    OperandA a, r;
+    Accumulator factors[2];
+    load<ROW>(&raw.a[0][channel], a);
+    exp2_of_sums(sums.sum_before(), decays.log_d, factors);
+    store_rows(scaled(a, factors), &chunk.w[0][channel]);
+    exp2_of_sums(sums.from_middle_before(), decays.bounded, factors);
+    a = scaled(a, factors);
+    load<ROW>(&raw.r[0][channel], r);
+    exp2_of_sums(sums.sum_up_to(), decays.log_d, factors);
+    r_state[step] = scaled(r, factors);
+    if (g == 7) {
 #pragma unroll
-      for (int x = 0; x < 8; ++x) {
-        sums.state[row][x] = exp2_fast(sums.end[x] - sums.state[row][x]);
-        sums.bounded[row][x] = exp2_fast(-sums.bounded[row][x]);
-      }
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      load_eight(raw.b, half, row, other[row]);
-#pragma unroll
-      for (int pair = 0; pair < 4; ++pair) {
-        uint32_t& b = other[row][pair];
-        const int x = 2 * pair, y = x + 1;
-        *place(chunk.b, half, row, pair) = scaled(b, sums.state[row][x], sums.state[row][y]);
-        b = scaled(b, sums.bounded[row][x], sums.bounded[row][y]);
-      }
+      for (int tile = 0; tile < 2; ++tile)
+        *reinterpret_cast<float2*>(&chunk.total[channel + 8 * tile + 2 * q]) =
+            make_float2(factors[tile][2], factors[tile][3]);
     }
-    add_product(ab, a_pairs, other);
-    add_product(qb, r_pairs, other);
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      load_eight(raw.k, half, row, other[row]);
-#pragma unroll
-      for (int pair = 0; pair < 4; ++pair) {
-        uint32_t& k = other[row][pair];
-        const int x = 2 * pair, y = x + 1;
-        *place(chunk.k, half, row, pair) = scaled(k, sums.state[row][x], sums.state[row][y]);
-        k = scaled(k, sums.bounded[row][x], sums.bounded[row][y]);
-      }
-    }
-    add_product(ak, a_pairs, other);
-    add_product(qk, r_pairs, other);
-    if (g == 0) {
-#pragma unroll
-      for (int x = 0; x < 8; ++x)
-        chunk.total[(half * 4 + x / 2) * 8 + 2 * q + x % 2] = exp2_fast(sums.end[x]);
-    }
+    exp2_of_sums(sums.from_middle(), decays.bounded, factors);
+    r = scaled(r, factors);
+
+    OperandB b, k;
+    load_transposed<ROW>(&raw.b[0][channel], b);
+    load_transposed<ROW>(&raw.k[0][channel], k);
+    exp2_of_sums(sums.sum_after(), decays.log_d, factors);
+    store_rows(scaled(b, factors), &chunk.b[0][channel]);
+    store_rows(scaled(k, factors), &chunk.k[0][channel]);
+    exp2_of_sums<true>(sums.from_middle(), decays.bounded, factors);
+    b = scaled(b, factors);
+    k = scaled(k, factors);
+    add_product(ab, a, b);
+    add_product(ak, a, k);
+    add_product(qb, r, b);
+    add_product(qk, r, k);
   }
   lower_triangle<true>(ab);
   lower_triangle<true>(ak);
@@ -211,51 +207,46 @@ __device__ __forceinline__ void prepare(const Args& args, int64_t first, int64_t
   store_columns(ak, chunk.right);
   __syncwarp();
   solve(chunk);
+  ask();
 
-  Operand inverse, g_transposed, qb_operand;
+  OperandA inverse, g_transposed;
+  OperandB g_columns;
   load_transposed<TOKENS>(chunk.solved[0], inverse);
-  load_block<TOKENS>(chunk.solved[TOKENS], g_transposed);
-  to_operand(qb[0], qb[1], qb_operand);
-  mma_pair(qk[0], qk[1], qb_operand, g_transposed);
+  load<TOKENS>(chunk.solved[TOKENS], g_transposed);
+  load_transposed<TOKENS>(chunk.solved[TOKENS], g_columns);
+  const OperandA qb_rounded = to_operand(qb[0], qb[1]);
+  add_product(qk, qb_rounded, g_columns);
   store_tile<24>(qk[0], &chunk.m[0][0]);
   store_tile<24>(qk[1], &chunk.m[0][8]);
 
-  Accumulator w[8] = {};
+  Accumulator w[CHANNELS / 16][2] = {};
 #pragma unroll
-  for (int pair = 0; pair < 4; ++pair) {
-    Operand block;
-    load_transposed<ROW>(&chunk.w[0][16 * pair], block);
-    mma_pair(w[2 * pair], w[2 * pair + 1], inverse, block);
+  for (int step = 0; step < CHANNELS / 16; ++step) {
+    OperandB rows;
+    load<ROW>(&chunk.w[0][16 * step], rows);
+    add_product(w[step], inverse, rows);
   }
   __syncwarp();  // every lane has read a P-, whose place W takes
 #pragma unroll
-  for (int tile = 0; tile < 8; ++tile) store_tile<ROW>(w[tile], &chunk.w[0][8 * tile]);
+  for (int step = 0; step < CHANNELS / 16; ++step)
+    store_rows(to_operand(w[step][0], w[step][1]), &chunk.w[0][16 * step]);
   __syncwarp();
 #pragma unroll
-  for (int pair = 0; pair < 4; ++pair) {
+  for (int step = 0; step < CHANNELS / 16; ++step) {
+    const int channel = 16 * step;
     Accumulator r[2], k[2];
-    Operand block;
-#pragma unroll
-    for (int side = 0; side < 2; ++side) {
-      const int tile = 2 * pair + side;
-#pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        const uint32_t k_state = *place(chunk.k, 0, row, tile);
-        r[side][2 * row] = low_of(r_state[row][tile]);
-        r[side][2 * row + 1] = high_of(r_state[row][tile]);
-        k[side][2 * row] = low_of(k_state);
-        k[side][2 * row + 1] = high_of(k_state);
-      }
-    }
-    load_transposed<ROW>(&chunk.w[0][16 * pair], block);
-    mma_pair(r[0], r[1], qb_operand, block);
-    load_transposed<ROW>(&chunk.b[0][16 * pair], block);
-    mma_pair(k[0], k[1], g_transposed, block);
-#pragma unroll
-    for (int side = 0; side < 2; ++side) {
-      store_tile<ROW>(r[side], &chunk.r[0][8 * (2 * pair + side)]);
-      store_tile<ROW>(k[side], &chunk.k[0][8 * (2 * pair + side)]);
-    }
+    OperandA k_state;
+    OperandB rows;
+    widen(r_state[step], r);
+    load<ROW>(&chunk.w[0][channel], rows);
+    add_product(r, qb_rounded, rows);
+    store_rows(to_operand(r[0], r[1]), &chunk.r[0][channel]);
+    load<ROW>(&chunk.k[0][channel], k_state);
+    widen(k_state, k);
+    load<ROW>(&chunk.b[0][channel], rows);
+    add_product(k, g_transposed, rows);
+    __syncwarp();  // every lane has read K^, whose place K'' takes
+    store_rows(to_operand(k[0], k[1]), &chunk.k[0][channel]);
   }
 }
 

@@ -1,5 +1,5 @@
 #pragma once
-// The tokens of a chunk of wkv7: where their channels lie among the lanes, and their decays.
+// The tokens of a chunk of wkv7: how they come into shared memory, and their decays.
 #include "rwkv_jit/cuda/mma.cuh"
 #include "rwkv_jit/layout.h"
 
@@ -12,12 +12,6 @@ constexpr int CHANNELS = 64;       // head size
 constexpr int ROW = CHANNELS + 8;  // of bf16 in shared memory; the padding keeps banks apart
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float STRONGEST = -10.0f * LOG2_E;  // log2 d inside the triangles
-
-// Tiles hold channels in the order of the fragments: column pair q of tile n is where lane q's
-// sixteen channels 8q .. 8q + 7 and 32 + 8q .. 32 + 8q + 7 lie, so that lanes read 16 bytes.
-__device__ __forceinline__ int channel_of(int tile, int q, int odd) {
-  return tile / 4 * 32 + q * 8 + tile % 4 * 2 + odd;
-}
 
 // log2 of the decay factor. Finite, so that differences are; exp2 of the bound is 0.
 template <DecayKind KIND>
@@ -37,115 +31,169 @@ struct Raw {
   bf16 r[TOKENS][ROW], k[TOKENS][ROW], a[TOKENS][ROW], b[TOKENS][ROW], w[TOKENS][ROW];
 };
 
-// Asks for the rows of one tensor, by one warp.
-__device__ __forceinline__ void fetch_rows(const void* from, int64_t heads, int64_t first,
-                                           int64_t end, int64_t head, bf16 (&to)[TOKENS][ROW]) {
-  constexpr int PIECE = 8, PIECES = CHANNELS / PIECE;
+// Where the tokens of one sequence and head lie in a tensor [B, T, H, N].
+struct Tokens {
+  int64_t start;   // of the first one's channels
+  int64_t stride;  // from a token to the next
+  int count;
+
+  __device__ __forceinline__ int64_t at(int token) const { return start + token * stride; }
+};
+
+// Asks for rows of a tensor from token `first` on, COUNT of them by THREADS threads of which this is
+// `thread`; zeros for tokens that are not there. They are there after copies_done() and a barrier of
+// the threads.
+template <int COUNT, int THREADS>
+__device__ __forceinline__ void fetch_rows(const void* from, const Tokens& tokens, int first,
+                                           int thread, bf16 (*to)[ROW]) {
+  constexpr int PIECE = 8, PIECES = CHANNELS / PIECE, STEP = THREADS / PIECES;
+  const int token = first + thread / PIECES, column = thread % PIECES * PIECE;
+  const bf16* source = static_cast<const bf16*>(from) + tokens.at(token) + column;
 #pragma unroll
-  for (int at = threadIdx.x % 32; at < TOKENS * PIECES; at += 32) {
-    const int token = at / PIECES, column = at % PIECES * PIECE;
-    const bool valid = first + token < end;
-    const int64_t row = (valid ? first + token : 0) * heads + head;
-    copy_async(&to[token][column], static_cast<const bf16*>(from) + row * CHANNELS + column, valid);
-  }
+  for (int at = 0; at < COUNT; at += STEP)
+    copy_async(&to[thread / PIECES + at][column], source + at * tokens.stride,
+               token + at < tokens.count);
 }
 
-// Asks for a chunk's tensors, by one warp; there after copies_done() and a barrier of the warp.
-template <typename Args>
-__device__ __forceinline__ void fetch(const Args& args, int64_t first, int64_t end, int64_t head,
+// Asks for a chunk's tensors.
+template <int THREADS, typename Args>
+__device__ __forceinline__ void fetch(const Args& args, const Tokens& tokens, int first, int thread,
                                       Raw& raw) {
-  if (args.w_dtype != FP32) fetch_rows(args.w, args.H, first, end, head, raw.w);
-  fetch_rows(args.a, args.H, first, end, head, raw.a);
-  fetch_rows(args.r, args.H, first, end, head, raw.r);
-  fetch_rows(args.b, args.H, first, end, head, raw.b);
-  fetch_rows(args.k, args.H, first, end, head, raw.k);
+  if (args.w_dtype != FP32) fetch_rows<TOKENS, THREADS>(args.w, tokens, first, thread, raw.w);
+  fetch_rows<TOKENS, THREADS>(args.a, tokens, first, thread, raw.a);
+  fetch_rows<TOKENS, THREADS>(args.r, tokens, first, thread, raw.r);
+  fetch_rows<TOKENS, THREADS>(args.b, tokens, first, thread, raw.b);
+  fetch_rows<TOKENS, THREADS>(args.k, tokens, first, thread, raw.k);
 }
 
-// A lane's eight channels of one of its two tokens, in pairs.
-__device__ __forceinline__ void load_eight(const bf16 (&rows)[TOKENS][ROW], int half, int row,
-                                           uint32_t (&pairs)[4]) {
-  const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
-  const uint4 raw = *reinterpret_cast<const uint4*>(&rows[g + row * 8][half * 32 + q * 8]);
-  pairs[0] = raw.x, pairs[1] = raw.y, pairs[2] = raw.z, pairs[3] = raw.w;
+// Where the elements of a lane's second operand lie, whose rows are tokens and columns channels:
+// element `at` of eight is token operand_token(at) of channel g, or g + 8 from element 4 on.
+__device__ __forceinline__ int operand_token(int at) {
+  return at / 2 % 2 * 8 + threadIdx.x % 4 * 2 + at % 2;
 }
 
-// The same of w, as log2 of the decay factor; a token that is not there decays nothing.
-template <DecayKind KIND>
-__device__ __forceinline__ void load_decay(const Raw& raw, const float* wide, int half, int row,
-                                           bool valid, float (&log_d)[8]) {
-  if (wide != nullptr) {
-    const float4* from = reinterpret_cast<const float4*>(wide + half * 32 + threadIdx.x % 4 * 8);
-    float4 four[2] = {};
-    if (valid) four[0] = __ldg(from), four[1] = __ldg(from + 1);
+// A float32 w of sixteen channels in that order, from where it is; zero for tokens that are not
+// there.
+__device__ __forceinline__ void load_wide_decay(const void* from, const Tokens& tokens, int first,
+                                                int channel, float (&w)[8]) {
+  const float* row =
+      static_cast<const float*>(from) + tokens.at(first) + channel + threadIdx.x % 32 / 4;
 #pragma unroll
-    for (int x = 0; x < 2; ++x) {
-      log_d[4 * x] = four[x].x, log_d[4 * x + 1] = four[x].y;
-      log_d[4 * x + 2] = four[x].z, log_d[4 * x + 3] = four[x].w;
-    }
-  } else {
-    uint32_t pairs[4];
-    load_eight(raw.w, half, row, pairs);
-#pragma unroll
-    for (int x = 0; x < 8; ++x) log_d[x] = x % 2 ? high_of(pairs[x / 2]) : low_of(pairs[x / 2]);
+  for (int at = 0; at < 8; ++at) {
+    const int token = operand_token(at);
+    w[at] = first + token < tokens.count ? __ldg(row + token * tokens.stride + at / 4 * 8) : 0.0f;
   }
-#pragma unroll
-  for (int x = 0; x < 8; ++x) log_d[x] = valid ? log2_decay<KIND>(log_d[x]) : 0.0f;
 }
 
-// Running sums over the chunk's tokens: upper are rows 0..7, lower rows 8..15, one a lane.
-__device__ __forceinline__ void running_sum(float& upper, float& lower) {
-  const int lane = threadIdx.x % 32;
+// Values in two parts of bf16, which together keep 16 bits of them.
+struct Split {
+  OperandB high, low;
+};
+
+__device__ __forceinline__ Split split(const float (&values)[8]) {
+  Split parts;
 #pragma unroll
-  for (int step = 4; step < 32; step *= 2) {
-    const float above = __shfl_up_sync(0xffffffffu, upper, step);
-    const float below = __shfl_up_sync(0xffffffffu, lower, step);
-    if (lane >= step) upper += above, lower += below;
+  for (int at = 0; at < 4; ++at) {
+    const float x = values[2 * at], y = values[2 * at + 1];
+    uint32_t& high = parts.high.at[at];
+    high = pack(x, y);
+    parts.low.at[at] = pack(x - low_of(high), y - high_of(high));
   }
-  lower += __shfl_sync(0xffffffffu, upper, 28 + lane % 4);
+  return parts;
 }
 
-// The value of the last row that `value` holds, in every lane of its column.
-__device__ __forceinline__ float last_row(float value) {
-  return __shfl_sync(0xffffffffu, value, 28 + threadIdx.x % 4);
+// The same of a product's tiles.
+__device__ __forceinline__ Split split(const Accumulator (&values)[2]) {
+  const OperandA high = to_operand(values[0], values[1]);
+  Accumulator rest[2];
+#pragma unroll
+  for (int part = 0; part < 4; ++part) {
+    const int tile = part / 2, row = part % 2 * 2;
+    rest[tile][row] = values[tile][row] - low_of(high.at[part]);
+    rest[tile][row + 1] = values[tile][row + 1] - high_of(high.at[part]);
+  }
+  return {to_second(high), to_second(to_operand(rest[0], rest[1]))};
 }
 
-// Running sums of log2 d for eight channels and two tokens of a lane.
-struct Sums {
-  float log_d[2][8];    // of the token
-  float state[2][8];    // up to and with the token
-  float bounded[2][8];  // the same with decays bounded, from the chunk's middle
-  float end[8];         // over the whole chunk
+// Matrices [16 x 16] of 0 and 1 (or -1) that sum over a chunk's tokens: row t is the sum over
+// tokens s.
+struct TokenSums {
+  uint32_t up_to, before, from, after;  // s <= t, s < t, s >= t, s > t within eight tokens
 
-  template <DecayKind KIND>
-  __device__ __forceinline__ void load(const Raw& raw, const float* const (&wide)[2], int half,
-                                       const bool (&valid)[2]) {
-#pragma unroll
-    for (int row = 0; row < 2; ++row)
-      load_decay<KIND>(raw, wide[row], half, row, valid[row], log_d[row]);
-#pragma unroll
-    for (int x = 0; x < 8; ++x) {
-      state[0][x] = log_d[0][x], state[1][x] = log_d[1][x];
-      running_sum(state[0][x], state[1][x]);
-      end[x] = last_row(state[1][x]);
-      if constexpr (KIND == LOGIT) {  // its decays are never below the bound
-        bounded[0][x] = state[0][x], bounded[1][x] = state[1][x];
-      } else {
-        bounded[0][x] = fmaxf(log_d[0][x], STRONGEST);
-        bounded[1][x] = fmaxf(log_d[1][x], STRONGEST);
-        running_sum(bounded[0][x], bounded[1][x]);
-      }
-      const float middle = last_row(bounded[0][x]);
-      bounded[0][x] -= middle, bounded[1][x] -= middle;
-    }
+  __device__ __forceinline__ TokenSums() {
+    const int g = threadIdx.x % 32 / 4, x = threadIdx.x % 4 * 2, y = x + 1;
+    up_to = ones(x <= g, y <= g);
+    before = ones(x < g, y < g);
+    from = ones(x >= g, y >= g);
+    after = ones(x > g, y > g);
   }
 
-  // Exponents of P-, and of its bounded form.
-  __device__ __forceinline__ float before(int row, int x) const {
-    return state[row][x] - log_d[row][x];
+  __device__ __forceinline__ OperandA sum_up_to() const { return {up_to, ONES, 0, up_to}; }
+  __device__ __forceinline__ OperandA sum_before() const { return {before, ONES, 0, before}; }
+  __device__ __forceinline__ OperandA sum_from() const { return {from, 0, ONES, from}; }
+  __device__ __forceinline__ OperandA sum_after() const { return {after, 0, ONES, after}; }
+  // From the chunk's middle up to t: what follows t is taken off where t lies before it.
+  __device__ __forceinline__ OperandA from_middle() const { return {after ^ MINUS, 0, 0, up_to}; }
+  __device__ __forceinline__ OperandA from_middle_before() const {
+    return {from ^ MINUS, 0, 0, before};
   }
-  __device__ __forceinline__ float bounded_before(int row, int x) const {
-    return bounded[row][x] - fmaxf(log_d[row][x], STRONGEST);
+
+ private:
+  static constexpr uint32_t ONES = 0x3f803f80u;   // 1, 1
+  static constexpr uint32_t MINUS = 0x80008000u;  // -0 is as good as 0
+
+  static __device__ __forceinline__ uint32_t ones(bool low, bool high) {
+    return (low ? 0x3f80u : 0u) | (high ? 0x3f800000u : 0u);
   }
 };
+
+__device__ __forceinline__ void add_product(Accumulator (&sum)[2], const OperandA& a,
+                                            const OperandB& b) {
+  add_product(sum[0], sum[1], a, b);
+}
+__device__ __forceinline__ void add_product(Accumulator (&sum)[2], const OperandA& a,
+                                            const Split& b) {
+  add_product(sum, a, b.high);
+  add_product(sum, a, b.low);
+}
+
+// log2 d of sixteen channels of a chunk; in the triangles it is bounded from below.
+struct Decays {
+  Split log_d, bounded;
+};
+
+__device__ __forceinline__ void bound(float (&log2_d)[8]) {
+#pragma unroll
+  for (int at = 0; at < 8; ++at) log2_d[at] = fmaxf(log2_d[at], STRONGEST);
+}
+__device__ __forceinline__ void bound(Accumulator (&log2_d)[2]) {
+#pragma unroll
+  for (int at = 0; at < 8; ++at) log2_d[at / 4][at % 4] = fmaxf(log2_d[at / 4][at % 4], STRONGEST);
+}
+
+// log2_d is bounded on the way.
+template <DecayKind KIND, typename Values>
+__device__ __forceinline__ Decays decays_of(Values& log2_d) {
+  const Split log_d = split(log2_d);
+  if constexpr (KIND == LOGIT) return {log_d, log_d};  // its decays are never below the bound
+  bound(log2_d);
+  return {log_d, split(log2_d)};
+}
+
+// exp2 of sums over tokens, or with INVERSE 1 over it.
+template <bool INVERSE = false>
+__device__ __forceinline__ void exp2_of_sums(const OperandA& sums, const Split& decays,
+                                             Accumulator (&factors)[2]) {
+#pragma unroll
+  for (int tile = 0; tile < 2; ++tile)
+#pragma unroll
+    for (int at = 0; at < 4; ++at) factors[tile][at] = 0.0f;
+  add_product(factors, sums, decays);
+#pragma unroll
+  for (int tile = 0; tile < 2; ++tile)
+#pragma unroll
+    for (int at = 0; at < 4; ++at)
+      factors[tile][at] = exp2_fast(INVERSE ? -factors[tile][at] : factors[tile][at]);
+}
 
 }  // namespace rwkv_jit
