@@ -53,7 +53,7 @@ __device__ __forceinline__ void store_state(const State& state, void* to, int64_
 
 __device__ __forceinline__ Tokens tokens_of(const Arguments& args,
                                             const rwkv_jit::Sequence& sequence, int64_t head) {
-  return {(sequence.begin * args.H + head) * N, args.H * N,
+  return {(sequence.begin * args.H + head) * N, static_cast<int>(args.H * N),
           static_cast<int>(sequence.end - sequence.begin)};
 }
 

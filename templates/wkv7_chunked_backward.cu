@@ -23,6 +23,8 @@ using namespace rwkv_jit;
 
 constexpr int PADDED = 24;  // columns of a 16-column matrix in shared memory
 
+using StateRows = bf16[N][ROW];  // a state, rounded, [value, key]
+
 enum Triangle { AB, AK, QB, QK, TRIANGLES };
 
 struct Shared {
@@ -32,26 +34,26 @@ struct Shared {
   union {
     Raw raw[WARPS];  // until the chunks are prepared
     struct {
-      bf16 state[WARPS - 1][N][ROW];  // before each chunk but the first, [value, key]
-      bf16 d[N][ROW];                 // D after the chunk at hand, [value, key]
-      bf16 u[N][PADDED];              // U of the chunk at hand, [value, token]
-      bf16 dx[N][PADDED];             // its dX
+      StateRows state[WARPS - 1];  // before each chunk but the first
+      StateRows d;                 // D after the chunk at hand
+      bf16 u[N][PADDED];           // U of the chunk at hand, [value, token]
+      bf16 dx[N][PADDED];          // its dX
     };
   };
 
-  // The first chunk's state takes the place of the second's, which then is done with.
-  __device__ __forceinline__ bf16 (*state_before(int at))
-      [ROW] { return state[at > 0 ? at - 1 : 0]; }
-  // The tensors of a chunk again, in the place of the next one, which then is done with.
-  __device__ __forceinline__ Raw& raw_of(int at) {
-    return reinterpret_cast<Raw&>(chunks[at + 1]);
+  // The first chunk's state takes the place of the last chunk, which then is done with.
+  __device__ __forceinline__ StateRows& state_before(int at) {
+    return at > 0 ? state[at - 1] : reinterpret_cast<StateRows&>(chunks[WARPS - 1]);
   }
+  // The tensors of a chunk again, in the place of the next one, which then is done with.
+  __device__ __forceinline__ Raw& raw_of(int at) { return reinterpret_cast<Raw&>(chunks[at + 1]); }
   // The gradients of the triangles take the place of K'', which then is done with.
   __device__ __forceinline__ bf16* triangle(int at, int which) {
     return &chunks[at].k[0][0] + which * TOKENS * PADDED;
   }
 };
 static_assert(sizeof(Raw) <= sizeof(Chunk), "the tensors fit over a chunk");
+static_assert(sizeof(StateRows) <= sizeof(Chunk), "a state fits over a chunk");
 static_assert(sizeof(Chunk::k) + sizeof(Chunk::b) >= TRIANGLES * TOKENS * PADDED * 2,
               "the triangles fit over K'' and B^");
 
@@ -66,7 +68,7 @@ __device__ __forceinline__ void load_checkpoint(float* checkpoint, State& state)
 }
 
 // S or D for this warp's rows, rounded, to rows of shared memory.
-__device__ __forceinline__ void store_state_rows(const State& state, bf16 (*to)[ROW]) {
+__device__ __forceinline__ void store_state_rows(const State& state, StateRows& to) {
 #pragma unroll
   for (int step = 0; step < STEPS; ++step)
     store_rows(to_operand(state[step][0], state[step][1]), &to[own_value()][16 * step]);
@@ -180,7 +182,8 @@ __device__ __forceinline__ void channel_gradients(const Arguments& args, const T
                                                   const Loaded& loaded) {
   const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4, key = own_value();
   const bool valid[2] = {first + g < tokens.count, first + g + 8 < tokens.count};
-  const int64_t stride = tokens.stride, place = tokens.at(first + g) + key + 2 * q;
+  const int64_t place = tokens.at(first + g) + key + 2 * q;
+  const int stride = tokens.stride;
   const TokenSums sums;
   Accumulator log_d[2], bounded[2];
   loaded.log2_decays<DECAY>(
@@ -191,7 +194,7 @@ __device__ __forceinline__ void channel_gradients(const Arguments& args, const T
   const Decays decays = decays_of<DECAY>(bounded);
 
   // In the triangles.
-  Accumulator dr[2] = {}, da[2] = {}, dk[2] = {}, db[2] = {}, crossing[2] = {}, own[2] = {};
+  Accumulator dr[2] = {}, da[2] = {}, dk[2] = {}, db[2] = {}, dw[2] = {};
   {
     Accumulator from_middle[2], before[2], to_middle[2];
     exp2_of_sums(sums.from_middle(), decays.bounded, from_middle);
@@ -220,76 +223,80 @@ __device__ __forceinline__ void channel_gradients(const Arguments& args, const T
     add_product(dk, left, other);
     // What crosses a token: rows at or after it (a: after it alone) from columns before it. What
     // does not cross cancels, as these are the very products.
+    Accumulator own[2] = {};
     add_overlap(a, da, own);
-    add_overlap(r, dr, crossing);
-    add_overlap<true>(k, dk, crossing);
-    add_overlap<true>(b, db, crossing);
+    add_overlap(r, dr, dw);
+    add_overlap<true>(k, dk, dw);
+    add_overlap<true>(b, db, dw);
+#pragma unroll
+    for (int tile = 0; tile < 2; ++tile)
+#pragma unroll
+      for (int odd = 0; odd < 2; ++odd) {
+        float upper = dw[tile][odd] + own[tile][odd],
+              lower = dw[tile][2 + odd] + own[tile][2 + odd];
+        running_sum_back(upper, lower);
+        dw[tile][odd] = upper - own[tile][odd];
+        dw[tile][2 + odd] = lower - own[tile][2 + odd];
+      }
+    // The triangles have the bounded decay; what crosses this token has its own in truth.
+    if constexpr (DECAY != LOGIT) {
+#pragma unroll
+      for (int x = 0; x < 8; ++x)
+        dw[x / 4][x % 4] *= exp2_fast(log_d[x / 4][x % 4] - fmaxf(log_d[x / 4][x % 4], STRONGEST));
+    }
     scale(dr, from_middle);
     scale(da, before);
     scale(dk, to_middle);
     scale(db, to_middle);
   }
-  Accumulator dw[2];
-#pragma unroll
-  for (int tile = 0; tile < 2; ++tile)
-#pragma unroll
-    for (int odd = 0; odd < 2; ++odd) {
-      float upper = crossing[tile][odd] + own[tile][odd];
-      float lower = crossing[tile][2 + odd] + own[tile][2 + odd];
-      running_sum_back(upper, lower);
-      // The triangles have the bounded decay; what crosses this token has its own in truth.
-      dw[tile][odd] = (upper - own[tile][odd]) * exp2_fast(log_d[tile][odd] - bounded[tile][odd]);
-      dw[tile][2 + odd] =
-          (lower - own[tile][2 + odd]) * exp2_fast(log_d[tile][2 + odd] - bounded[tile][2 + odd]);
-    }
-
   // Against the states. What crosses a token: from states before it to rows at or after it (a:
   // after it alone), from columns before it to the state after the chunk, and from state to state.
-  Accumulator dr_state[2] = {}, da_state[2] = {}, dk_state[2] = {}, db_state[2] = {};
-  Accumulator overlap[2] = {};  // S0^T D
-#pragma unroll 2
-  for (int step = 0; step < STEPS; ++step) {
-    OperandA left;
-    OperandB right;
-    load<ROW>(&shared.state_before(at)[16 * step][key], right);
-    load<ROW>(&shared.dy[at * TOKENS][16 * step], left);
-    add_product(dr_state, left, right);
-    load_transposed<PADDED>(&shared.dx[16 * step][0], left);
-    add_product(da_state, left, right);
-    load<ROW>(&shared.d[16 * step][key], right);
-    load<ROW>(&shared.v[at * TOKENS][16 * step], left);
-    add_product(dk_state, left, right);
-    load_transposed<PADDED>(&shared.u[16 * step][0], left);
-    add_product(db_state, left, right);
-    load_transposed<ROW>(&shared.state_before(at)[16 * step][key], left);
-    add_product(overlap, left, right);
-  }
   Accumulator factors[2];
   {
-    Accumulator terms[2] = {};
+    Accumulator dr_state[2] = {}, da_state[2] = {}, r_terms[2] = {}, a_terms[2] = {};
+#pragma unroll 2
+    for (int step = 0; step < STEPS; ++step) {
+      OperandA left;
+      OperandB right;
+      load<ROW>(&shared.state_before(at)[16 * step][key], right);
+      load<ROW>(&shared.dy[at * TOKENS][16 * step], left);
+      add_product(dr_state, left, right);
+      load_transposed<PADDED>(&shared.dx[16 * step][0], left);
+      add_product(da_state, left, right);
+    }
     exp2_of_sums(sums.sum_up_to(), decays.log_d, factors);
-    add_overlap(scaled(loaded.r, factors), dr_state, terms);
-    add_product(dw, sums.sum_from(), split(terms));
+    add_overlap(scaled(loaded.r, factors), dr_state, r_terms);
+    add_product(dw, sums.sum_from(), split(r_terms));
     scale_and_add(dr_state, factors, dr);
     store_pairs(dr_state, args.dr, place, stride, valid);
-  }
-  {
-    Accumulator terms[2] = {};
     exp2_of_sums(sums.sum_before(), decays.log_d, factors);
-    add_overlap(scaled(loaded.a, factors), da_state, terms);
-    add_product(dw, sums.sum_after(), split(terms));
+    add_overlap(scaled(loaded.a, factors), da_state, a_terms);
+    add_product(dw, sums.sum_after(), split(a_terms));
     scale_and_add(da_state, factors, da);
     store_pairs(da_state, args.da, place, stride, valid);
   }
+  Accumulator overlap[2] = {};  // S0^T D
   {
-    Accumulator terms[2] = {};
+    Accumulator dk_state[2] = {}, db_state[2] = {}, terms[2] = {};
+#pragma unroll 2
+    for (int step = 0; step < STEPS; ++step) {
+      OperandA left;
+      OperandB right;
+      load<ROW>(&shared.d[16 * step][key], right);
+      load<ROW>(&shared.v[at * TOKENS][16 * step], left);
+      add_product(dk_state, left, right);
+      load_transposed<PADDED>(&shared.u[16 * step][0], left);
+      add_product(db_state, left, right);
+      load_transposed<ROW>(&shared.state_before(at)[16 * step][key], left);
+      add_product(overlap, left, right);
+    }
     exp2_of_sums(sums.sum_after(), decays.log_d, factors);
     add_overlap(scaled(loaded.k, factors), dk_state, terms);
     add_overlap(scaled(loaded.b, factors), db_state, terms);
     add_product(dw, sums.sum_before(), split(terms));
     scale_and_add(dk_state, factors, dk);
-    scale_and_add(db_state, factors, db);
     store_pairs(dk_state, args.dk, place, stride, valid);
+    scale_and_add(db_state, factors, db);
     store_pairs(db_state, args.db, place, stride, valid);
   }
   float through[2][2];
@@ -334,45 +341,47 @@ __global__ void __launch_bounds__(WARPS * 32, 2) backward_kernel(const Arguments
   extern __shared__ __align__(16) char shared_bytes[];
   Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
   const int warp = threadIdx.x / 32;
-  const int64_t head_index = blockIdx.x;  // s * H + head
-  const int64_t head = head_index % args.H;
-  const Sequence sequence = find_sequence(args, head_index / args.H, SPAN);
+  const int64_t head = blockIdx.x % args.H;  // blocks are s * H + head
+  const Sequence sequence = find_sequence(args, blockIdx.x / args.H, SPAN);
   const Tokens tokens = tokens_of(args, sequence, head);
   const int spans = (tokens.count + SPAN - 1) / SPAN;
-  const int64_t first_checkpoint = sequence.first_checkpoint * args.H + head;
+  const int first_checkpoint = static_cast<int>(sequence.first_checkpoint * args.H + head);
 
   State d;
-  load_state(args.dfinal_state, head_index, d);
+  load_state(args.dfinal_state, blockIdx.x, d);
   for (int first = (spans - 1) * SPAN; first >= 0; first -= SPAN) {
     float* const checkpoint =
         static_cast<float*>(args.checkpoints) + (first_checkpoint + first / SPAN * args.H) * N * N;
     const int own = first + warp * TOKENS;
     const int chunks = min(WARPS, (tokens.count - first + TOKENS - 1) / TOKENS);
     fetch<32>(args, tokens, own, threadIdx.x % 32, shared.raw[warp]);
+    copies_asked();
     fetch_rows<SPAN, WARPS * 32>(args.v, tokens, first, threadIdx.x, shared.v);
     fetch_rows<SPAN, WARPS * 32>(args.dy, tokens, first, threadIdx.x, shared.dy);
-    copies_done();
-    __syncthreads();
+    copies_asked();
+    copies_done_but_last();
+    __syncwarp();  // the warp's own tensors are there
     State state;
     prepare<DECAY>(args, tokens, own, shared.raw[warp], shared.chunks[warp], &shared.qb[warp][0][0],
                    [&] { load_checkpoint(checkpoint, state); });
     if (first > 0) prefetch_span(args, tokens, first - SPAN, checkpoint - args.H * N * N);
-    __syncthreads();  // the chunks are there
+    copies_done();
+    __syncthreads();  // the chunks, v and dy are there
     Loaded loaded;
     loaded.load_from(shared.raw[chunks - 1], own_value());
     __syncthreads();  // nobody needs the raw tensors
+    if (chunks < WARPS) store_state_rows(state, shared.state_before(0));
     for (int at = 0; at + 1 < chunks; ++at) {
       scan_forward(shared, at, state);
       store_state_rows(state, shared.state_before(at + 1));
     }
     for (int at = chunks - 1; at >= 0; --at) {
-      if (at == 0) {
-        load_checkpoint(checkpoint, state);
-        store_state_rows(state, shared.state_before(0));
-      }
+      const bool last_is_done = at == 1 && chunks == WARPS;
       __syncwarp();  // the warp's rows of the state before the chunk are there
       store_u(shared, at);
+      if (last_is_done) load_checkpoint(checkpoint, state);
       scan_backward(args, tokens, first + at * TOKENS, shared, at, d);
+      if (last_is_done) store_state_rows(state, shared.state_before(0));
       __syncthreads();  // D, U and dX of all rows are there
       triangle_gradient(shared, at);
       copies_done();
@@ -385,7 +394,7 @@ __global__ void __launch_bounds__(WARPS * 32, 2) backward_kernel(const Arguments
                           shared.raw_of(at - 1));
     }
   }
-  store_state(d, args.dinitial_state, head_index);
+  store_state(d, args.dinitial_state, blockIdx.x);
 }
 
 }  // namespace

@@ -39,14 +39,16 @@ __device__ __forceinline__ void scan_chunk(const Arguments& args, const Tokens& 
   step_state(state, chunk, values, chunk.k, to_operand(u[0], u[1]), chunk.b);
 }
 
-__device__ __forceinline__ void store_checkpoint(const State& state, float* checkpoint) {
-  if (checkpoint == nullptr) return;
-  float4* to = checkpoint_place(checkpoint);
+// Writes a checkpoint, if any are wanted; then `to` is the place of the next.
+__device__ __forceinline__ void store_checkpoint(const State& state, int64_t stride, float*& to) {
+  if (to == nullptr) return;
+  float4* place = checkpoint_place(to);
 #pragma unroll
   for (int tile = 0; tile < 2 * STEPS; ++tile) {
     const Accumulator& four = state[tile / 2][tile % 2];
-    to[tile * 32] = make_float4(four[0], four[1], four[2], four[3]);
+    place[tile * 32] = make_float4(four[0], four[1], four[2], four[3]);
   }
+  to += stride;
 }
 
 __global__ void __launch_bounds__(WARPS * 32, 2) forward_kernel(const Arguments args) {
@@ -57,16 +59,16 @@ __global__ void __launch_bounds__(WARPS * 32, 2) forward_kernel(const Arguments 
   const int64_t head = head_index % args.H;
   const Sequence sequence = find_sequence(args, head_index / args.H, SPAN);
   const Tokens tokens = tokens_of(args, sequence, head);
-  const int64_t checkpoint_stride = args.checkpoints == nullptr ? 0 : args.H * N * N;
-  float* checkpoint = static_cast<float*>(args.checkpoints) +
-                      (sequence.first_checkpoint * checkpoint_stride + head * N * N);
+  float* checkpoint = nullptr;
+  if (args.checkpoints != nullptr)
+    checkpoint =
+        static_cast<float*>(args.checkpoints) + (sequence.first_checkpoint * args.H + head) * N * N;
 
   State state;
   load_state(args.initial_state, head_index, state);
   fetch<32>(args, tokens, warp * TOKENS, threadIdx.x % 32, shared.raw[warp]);
   for (int first = 0; first < tokens.count; first += SPAN) {
-    store_checkpoint(state, checkpoint);
-    checkpoint += checkpoint_stride;
+    store_checkpoint(state, args.H * N * N, checkpoint);
     const int own = first + warp * TOKENS;
     copies_done();
     __syncthreads();  // and the last span's readers are done
@@ -81,7 +83,8 @@ __global__ void __launch_bounds__(WARPS * 32, 2) forward_kernel(const Arguments 
   }
   copies_done();
   // A place that no span needs is written all the same, so that no output is left undefined.
-  if ((tokens.count + SPAN - 1) / SPAN < sequence.checkpoints) store_checkpoint(state, checkpoint);
+  if ((tokens.count + SPAN - 1) / SPAN < sequence.checkpoints)
+    store_checkpoint(state, args.H * N * N, checkpoint);
   store_state(state, args.final_state, head_index);
 }
 

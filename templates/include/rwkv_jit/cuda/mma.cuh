@@ -109,6 +109,9 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool vali
                "r"(valid ? 16 : 0));
 }
 __device__ __forceinline__ void copies_done() { asm volatile("cp.async.wait_all;"); }
+// In groups: what was asked for up to here is one; all but the last one are there.
+__device__ __forceinline__ void copies_asked() { asm volatile("cp.async.commit_group;"); }
+__device__ __forceinline__ void copies_done_but_last() { asm volatile("cp.async.wait_group 1;"); }
 
 // Asks for a line of 128 bytes that is read soon.
 __device__ __forceinline__ void prefetch(const void* from) {

@@ -15,7 +15,7 @@ namespace rwkv_jit {
 
 struct Chunk {
   bf16 w[TOKENS][ROW];    // W; before that a P-
-  bf16 r[TOKENS][ROW];    // R'
+  bf16 r[TOKENS][ROW];    // R'; before that r P
   bf16 k[TOKENS][ROW];    // K''; before that K^
   bf16 b[TOKENS][ROW];    // B^
   float total[CHANNELS];  // P_L
@@ -142,7 +142,6 @@ __device__ __forceinline__ void prepare(const Args& args, const Tokens& tokens, 
   const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
   const TokenSums sums;
   Accumulator ab[2] = {}, ak[2] = {}, qb[2] = {}, qk[2] = {};
-  OperandA r_state[CHANNELS / 16];
 
 #pragma unroll
   for (int step = 0; step < CHANNELS / 16; ++step) {
@@ -171,7 +170,7 @@ __device__ __forceinline__ void prepare(const Args& args, const Tokens& tokens, 
     a = scaled(a, factors);
     load<ROW>(&raw.r[0][channel], r);
     exp2_of_sums(sums.sum_up_to(), decays.log_d, factors);
-    r_state[step] = scaled(r, factors);
+    store_rows(scaled(r, factors), &chunk.r[0][channel]);
     if (g == 7) {
 #pragma unroll
       for (int tile = 0; tile < 2; ++tile)
@@ -207,7 +206,6 @@ __device__ __forceinline__ void prepare(const Args& args, const Tokens& tokens, 
   store_columns(ak, chunk.right);
   __syncwarp();
   solve(chunk);
-  ask();
 
   OperandA inverse, g_transposed;
   OperandB g_columns;
@@ -231,21 +229,23 @@ __device__ __forceinline__ void prepare(const Args& args, const Tokens& tokens, 
   for (int step = 0; step < CHANNELS / 16; ++step)
     store_rows(to_operand(w[step][0], w[step][1]), &chunk.w[0][16 * step]);
   __syncwarp();
+  ask();
 #pragma unroll
   for (int step = 0; step < CHANNELS / 16; ++step) {
     const int channel = 16 * step;
     Accumulator r[2], k[2];
-    OperandA k_state;
+    OperandA state_rows;
     OperandB rows;
-    widen(r_state[step], r);
+    load<ROW>(&chunk.r[0][channel], state_rows);
+    widen(state_rows, r);
     load<ROW>(&chunk.w[0][channel], rows);
     add_product(r, qb_rounded, rows);
-    store_rows(to_operand(r[0], r[1]), &chunk.r[0][channel]);
-    load<ROW>(&chunk.k[0][channel], k_state);
-    widen(k_state, k);
+    load<ROW>(&chunk.k[0][channel], state_rows);
+    widen(state_rows, k);
     load<ROW>(&chunk.b[0][channel], rows);
     add_product(k, g_transposed, rows);
-    __syncwarp();  // every lane has read K^, whose place K'' takes
+    __syncwarp();  // every lane has read r P and K^, whose places R' and K'' take
+    store_rows(to_operand(r[0], r[1]), &chunk.r[0][channel]);
     store_rows(to_operand(k[0], k[1]), &chunk.k[0][channel]);
   }
 }

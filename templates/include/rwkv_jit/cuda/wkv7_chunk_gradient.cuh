@@ -28,7 +28,7 @@ __device__ __forceinline__ void running_sum_back(float& upper, float& lower) {
 
 // Writes a gradient [token, channel] of such pairs.
 __device__ __forceinline__ void store_pairs(const Accumulator (&values)[2], void* to, int64_t at,
-                                            int64_t token_stride, const bool (&valid)[2]) {
+                                            int token_stride, const bool (&valid)[2]) {
   bf16* first = static_cast<bf16*>(to) + at;
 #pragma unroll
   for (int part = 0; part < 4; ++part)
@@ -37,7 +37,7 @@ __device__ __forceinline__ void store_pairs(const Accumulator (&values)[2], void
           pack(values[part / 2][part % 2 * 2], values[part / 2][part % 2 * 2 + 1]);
 }
 __device__ __forceinline__ void store_wide_pairs(const Accumulator (&values)[2], void* to,
-                                                 int64_t at, int64_t token_stride,
+                                                 int64_t at, int token_stride,
                                                  const bool (&valid)[2]) {
   float* first = static_cast<float*>(to) + at;
 #pragma unroll
@@ -62,7 +62,7 @@ struct Loaded {
   // log2 of the decay factors, 0 for tokens that are not there. A w of float32 is read from its
   // place in memory.
   template <DecayKind KIND>
-  __device__ __forceinline__ void log2_decays(const float* wide, int64_t token_stride,
+  __device__ __forceinline__ void log2_decays(const float* wide, int token_stride,
                                               const bool (&valid)[2],
                                               Accumulator (&log_d)[2]) const {
     if (wide == nullptr) {

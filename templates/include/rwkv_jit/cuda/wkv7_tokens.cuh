@@ -33,11 +33,11 @@ struct Raw {
 
 // Where the tokens of one sequence and head lie in a tensor [B, T, H, N].
 struct Tokens {
-  int64_t start;   // of the first one's channels
-  int64_t stride;  // from a token to the next
+  int64_t start;  // of the first one's channels
+  int stride;     // from a token to the next
   int count;
 
-  __device__ __forceinline__ int64_t at(int token) const { return start + token * stride; }
+  __device__ __forceinline__ int64_t at(int token) const { return start + int64_t{token} * stride; }
 };
 
 // Asks for rows of a tensor from token `first` on, COUNT of them by THREADS threads of which this is
@@ -81,7 +81,8 @@ __device__ __forceinline__ void load_wide_decay(const void* from, const Tokens& 
 #pragma unroll
   for (int at = 0; at < 8; ++at) {
     const int token = operand_token(at);
-    w[at] = first + token < tokens.count ? __ldg(row + token * tokens.stride + at / 4 * 8) : 0.0f;
+    w[at] = first + token < tokens.count ? __ldg(row + int64_t{token} * tokens.stride + at / 4 * 8)
+                                         : 0.0f;
   }
 }
 
