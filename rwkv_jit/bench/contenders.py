@@ -95,7 +95,9 @@ def ours(case: Case, device: str) -> Contender:
 def loop(config: OpConfig) -> Contender:
     """The reference in float32, whatever the dtype: a plain PyTorch loop over tokens."""
     call = reference(config, torch.float32)
-    return Contender(name=LOOP, call=call, config=config, limit=LIMITS["fp32"])
+    # Gradients come back in the dtype of the inputs.
+    limit = max(LIMITS[config.dtype], LIMITS["fp32"])
+    return Contender(name=LOOP, call=call, config=config, limit=limit)
 
 
 def reference(config: OpConfig, dtype: torch.dtype) -> Call:

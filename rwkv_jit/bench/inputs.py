@@ -46,6 +46,12 @@ def draw(spec: OpSpec, config: OpConfig, shape: Shape, device: str) -> Tensors:
     return drawn
 
 
+def draw_gradient(y: torch.Tensor) -> torch.Tensor:
+    """A random gradient of a result; the same from call to call."""
+    generator = torch.Generator(y.device).manual_seed(1)
+    return torch.randn(y.shape, generator=generator, device=y.device).to(y.dtype)
+
+
 def fewest_bytes(spec: OpSpec, config: OpConfig, tensors: Tensors, *, backward: bool) -> int:
     """Bytes of a call with `tensors` if each is moved once by each entry that names it.
 

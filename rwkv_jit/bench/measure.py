@@ -12,7 +12,7 @@ from ..ops import get_spec
 from .cases import Case
 from .contenders import LOOP, Absentee, Contender, first_line, reference
 from .gate import relative_errors, slice_of, worst_of
-from .inputs import draw, fewest_bytes
+from .inputs import draw, draw_gradient, fewest_bytes
 from .timing import Timing, extra_memory, time_of
 
 PASSES = ("forward", "both")
@@ -175,7 +175,7 @@ def _time(
     tensors = draw(spec, config, case.shape, device)
     leaves = {name: x.detach().clone().requires_grad_() for name, x in tensors.items()}
     with torch.no_grad():
-        dy = torch.ones_like(contender.call(tensors))
+        dy = draw_gradient(contender.call(tensors))
 
     def forward() -> None:
         with torch.no_grad():

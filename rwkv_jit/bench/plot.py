@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from .measure import PASSES, Result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.lines import Line2D
 
 _STYLES = {"forward": "--", "both": "-"}
 _LABELS = {"forward": "forward", "both": "forward + backward"}
@@ -30,16 +31,21 @@ def write_plot(results: Sequence[Result], corner: Shape, title: str, path: Path)
     from matplotlib.figure import Figure  # noqa: PLC0415
 
     kinds = list(dict.fromkeys((result.case.op, result.case.dtype) for result in results))
-    figure = Figure(figsize=(11, 4.2 * len(kinds)), layout="constrained")
+    names = list(dict.fromkeys(result.by for result in results if result.passes))
+    colors = {name: f"C{number}" for number, name in enumerate(names)}
+    figure = Figure(figsize=(13, 4.2 * len(kinds)), layout="constrained")
+    lines: dict[str, Line2D] = {}
     for row, (op, dtype) in zip(figure.subplots(len(kinds), 2, squeeze=False), kinds, strict=True):
         of_kind = [r for r in results if (r.case.op, r.case.dtype) == (op, dtype)]
         by_length, by_heads = row
-        _draw_panel(by_length, of_kind, [(s, s.length) for s in lengths_of(corner)])
-        _draw_panel(by_heads, of_kind, [(s, s.sequences_and_heads) for s in heads_of(corner)])
+        lengths = {shape: shape.length for shape in lengths_of(corner)}
+        heads = {shape: shape.sequences_and_heads for shape in heads_of(corner)}
+        for axes, across in ((by_length, lengths), (by_heads, heads)):
+            lines |= _draw_panel(axes, of_kind, across, colors)
         fixed = f"{op} {dtype}, N = {corner.head_size}"
         by_length.set(xlabel="T", title=f"{fixed}, B H = {corner.sequences_and_heads}")
         by_heads.set(xlabel="B H", title=f"{fixed}, T = {corner.length}")
-        by_length.legend(fontsize="small")
+    figure.legend(list(lines.values()), list(lines), loc="outside right upper")
     figure.suptitle(title)
     try:
         figure.savefig(path, dpi=150)
@@ -47,13 +53,14 @@ def write_plot(results: Sequence[Result], corner: Shape, title: str, path: Path)
         raise BenchError(f"{path} cannot be written: {error.strerror}") from error
 
 
-def _draw_panel(axes: Axes, results: Sequence[Result], shapes: Sequence[tuple[Shape, int]]) -> None:
-    """Lines of the shapes over the number that stands beside each."""
-    across = dict(shapes)
-    names = list(dict.fromkeys(result.by for result in results if result.passes))
+def _draw_panel(
+    axes: Axes, results: Sequence[Result], across: Mapping[Shape, int], colors: Mapping[str, str]
+) -> dict[str, Line2D]:
+    """Lines over the number that belongs to each shape, by their labels."""
+    lines = {}
     for which in PASSES:
         floor: dict[int, float] = {}
-        for number, name in enumerate(names):
+        for name, color in colors.items():
             taken = {
                 across[result.case.shape]: result.passes[which]
                 for result in results
@@ -61,12 +68,18 @@ def _draw_panel(axes: Axes, results: Sequence[Result], shapes: Sequence[tuple[Sh
             }
             floor.update((x, one.floor_ms) for x, one in taken.items())
             times = {x: one.timing.median_ms for x, one in taken.items()}
-            _draw_line(axes, times, f"{name}, {_LABELS[which]}", f"C{number}", _STYLES[which])
-        _draw_line(axes, floor, f"floor, {_LABELS[which]}", "grey", _STYLES[which])
+            label = f"{name}, {_LABELS[which]}"
+            lines[label] = _draw_line(axes, times, color, _STYLES[which])
+        label = f"floor, {_LABELS[which]}"
+        lines[label] = _draw_line(axes, floor, "grey", _STYLES[which])
     axes.set(xscale="log", yscale="log", ylabel="ms")
+    axes.set_xticks(list(across.values()), [str(x) for x in across.values()])
+    axes.set_xticks([], minor=True)
     axes.grid(alpha=0.3, which="both")
+    return lines
 
 
-def _draw_line(axes: Axes, points: dict[int, float], label: str, color: str, style: str) -> None:
+def _draw_line(axes: Axes, points: Mapping[int, float], color: str, style: str) -> Line2D:
     x = sorted(points)
-    axes.plot(x, [points[at] for at in x], style, marker=".", color=color, label=label)
+    (line,) = axes.plot(x, [points[at] for at in x], style, marker=".", color=color)
+    return line
