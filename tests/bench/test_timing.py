@@ -12,11 +12,11 @@ from rwkv_jit.bench import timing
 from rwkv_jit.bench.timing import copy_bandwidth, extra_memory, time_of
 
 
-def test_five_runs_are_timed_at_least_after_warming_up() -> None:
+def test_five_runs_are_timed_at_least_after_one_to_warm_up() -> None:
     calls = itertools.count()
     taken = time_of(lambda: next(calls), "cpu", 0.0)
     assert taken.runs == 5
-    assert next(calls) == 5 + 3
+    assert next(calls) == 5 + 1
 
 
 def test_runs_go_on_until_the_time_is_over() -> None:
@@ -25,7 +25,7 @@ def test_runs_go_on_until_the_time_is_over() -> None:
 
 
 def test_quartiles_are_those_of_the_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = itertools.cycle([5.0, 1.0, 3.0, 2.0, 4.0])
+    times = itertools.chain([100.0], itertools.cycle([5.0, 1.0, 3.0, 2.0, 4.0]))
     monkeypatch.setattr(timing, "_time_on_cpu", lambda _work: next(times))
     taken = time_of(lambda: None, "cpu", 0.0)
     assert (taken.lower_ms, taken.median_ms, taken.upper_ms) == (2.0, 3.0, 4.0)

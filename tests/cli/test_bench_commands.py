@@ -116,6 +116,16 @@ def test_wrong_usage_ends_with_2_and_says_why(arguments: tuple[str, ...], said: 
     assert result.stdout == ""
 
 
+@pytest.mark.gpu
+def test_a_gpu_reports_memory_and_no_loop() -> None:
+    quick = ("bench", "--shape", "2,64,2,64", "--seconds", "0", "--device", "cuda")
+    (result,) = run_json(*quick, "--dtype", "bf16")["results"]
+    assert result["status"] == "ok"
+    # y and six gradients at least.
+    assert result["extra_bytes"] >= 7 * 2 * 64 * 2 * 64 * 2
+    assert result["passes"]["both"]["times_loop"] is None
+
+
 def test_the_program_of_the_checkout_is_the_command(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "tools" / "bench.py"), "--shape", "1"],
