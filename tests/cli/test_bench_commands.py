@@ -16,7 +16,7 @@ from rwkv_jit.bench.inputs import Tensors
 from rwkv_jit.bench.timing import copy_bandwidth
 from rwkv_jit.errors import BenchError
 
-QUICK = ("bench", "--shape", "1,20,2,8", "--seconds", "0", "--device", "cpu")
+QUICK = ("bench", "--op", "wkv7", "--shape", "1,20,2,8", "--seconds", "0", "--device", "cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def test_the_table_names_the_kernels_and_compares_with_the_loop() -> None:
 
 
 def test_json_says_what_was_measured_where_and_how() -> None:
-    data = run_json(*QUICK, "--shape", "1,21,2,8", "--dtype", "fp32", "--op", "wkv7")
+    data = run_json(*QUICK, "--shape", "1,21,2,8", "--dtype", "fp32")
     assert {"device", "arch", "torch", "cuda", "driver", "nvcc", "host_compiler"} < set(data)
     assert data["command"].startswith("rwkv-jit ")
     assert data["copy_bytes_per_second"] > 0
@@ -118,7 +118,7 @@ def test_wrong_usage_ends_with_2_and_says_why(arguments: tuple[str, ...], said: 
 
 @pytest.mark.gpu
 def test_a_gpu_reports_memory_and_no_loop() -> None:
-    quick = ("bench", "--shape", "2,64,2,64", "--seconds", "0", "--device", "cuda")
+    quick = ("bench", "--op", "wkv7", "--shape", "2,64,2,64", "--seconds", "0", "--device", "cuda")
     (result,) = run_json(*quick, "--dtype", "bf16")["results"]
     assert result["status"] == "ok"
     # y and six gradients at least.
