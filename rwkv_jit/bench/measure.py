@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -108,6 +109,8 @@ def measure_case(
 def result_data(result: Result) -> dict[str, Any]:
     """A result as plain data."""
     case, shape = result.case, result.case.shape
+    # JSON has no infinity.
+    finite = result.error is not None and math.isfinite(result.error)
     return {
         "op": case.op,
         "shape": [shape.batch, shape.length, shape.heads, shape.head_size],
@@ -115,7 +118,7 @@ def result_data(result: Result) -> dict[str, Any]:
         "by": result.by,
         "status": result.status,
         "why": result.why,
-        "error": result.error,
+        "error": result.error if finite else None,
         "worst": result.worst,
         "limit": result.limit,
         "kernels": dict(result.kernels),

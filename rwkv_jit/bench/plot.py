@@ -30,8 +30,11 @@ def write_plot(results: Sequence[Result], corner: Shape, title: str, path: Path)
     panels for each operator and dtype. The suffix of `path` says in which format."""
     from matplotlib.figure import Figure  # noqa: PLC0415
 
+    results = [result for result in results if result.passes]
+    if not results:
+        raise BenchError("nothing could be measured, so there is nothing to draw")
     kinds = list(dict.fromkeys((result.case.op, result.case.dtype) for result in results))
-    names = list(dict.fromkeys(result.by for result in results if result.passes))
+    names = list(dict.fromkeys(result.by for result in results))
     colors = {name: f"C{number}" for number, name in enumerate(names)}
     figure = Figure(figsize=(13, 4.2 * len(kinds)), layout="constrained")
     lines: dict[str, Line2D] = {}
@@ -57,14 +60,18 @@ def _draw_panel(
     axes: Axes, results: Sequence[Result], across: Mapping[Shape, int], colors: Mapping[str, str]
 ) -> dict[str, Line2D]:
     """Lines over the number that belongs to each shape, by their labels."""
-    lines = {}
+    lines: dict[str, Line2D] = {}
+    results = [result for result in results if result.case.shape in across]
+    if not results:
+        # Logarithmic axes must have something on them.
+        return lines
     for which in PASSES:
         floor: dict[int, float] = {}
         for name, color in colors.items():
             taken = {
                 across[result.case.shape]: result.passes[which]
                 for result in results
-                if result.by == name and result.passes and result.case.shape in across
+                if result.by == name
             }
             floor.update((x, one.floor_ms) for x, one in taken.items())
             times = {x: one.timing.median_ms for x, one in taken.items()}

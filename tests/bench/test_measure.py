@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -59,6 +60,16 @@ def test_what_fails_the_gate_is_not_timed(
     assert (result.status, result.passes) == ("failed", {})
     assert result.error == pytest.approx(1e-2, rel=1e-2)
     assert "is above 2.0e-05; not timed" in result.why
+
+
+def test_an_infinite_error_leaves_the_json_valid(case: Case, config: OpConfig) -> None:
+    def undefined(tensors: Tensors) -> torch.Tensor:
+        return torch.nan * loop(config).call(tensors)
+
+    (result,) = measured(case, Contender(name="x", call=undefined, config=config, limit=1.0))
+    assert (result.status, result.error) == ("failed", math.inf)
+    assert json.loads(json.dumps(result_data(result), allow_nan=False))["error"] is None
+    assert result.why.startswith("error inf of ")
 
 
 def test_one_that_raises_does_not_stop_the_others(case: Case, config: OpConfig) -> None:

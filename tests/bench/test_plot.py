@@ -44,6 +44,17 @@ def test_a_figure_has_a_line_for_each_contender_and_the_floor(tmp_path: Path) ->
     assert text.count('id="axes_') == 2
 
 
+def test_what_could_not_be_measured_is_not_drawn(tmp_path: Path) -> None:
+    path = tmp_path / "times.png"
+    one = Result(case=results("x")[0].case, by="rwkv_jit", status="failed", why="wrong")
+    with pytest.raises(BenchError, match="nothing could be measured"):
+        write_plot([one], CORNER, "", path)
+    assert not path.exists()
+    # A length alone: the panel of heads has nothing on it.
+    write_plot([one, results("loop")[0]], CORNER, "", path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
 def test_each_dtype_has_its_own_panels(tmp_path: Path) -> None:
     path = tmp_path / "times.svg"
     write_plot([*results("rwkv_jit"), *results("rwkv_jit", "bf16")], CORNER, "", path)
