@@ -45,3 +45,7 @@ class CacheError(RwkvJitError, RuntimeError):
 
 class BundleError(RwkvJitError, RuntimeError):
     """A bundle of prebuilt kernels cannot be made, or cannot be used safely."""
+
+
+class BenchError(RwkvJitError, RuntimeError):
+    """A benchmark cannot be run as it was asked for."""

@@ -39,6 +39,8 @@ _CUDA_FLAGS = (
     "-U__CUDA_NO_HALF2_OPERATORS__",
     "-U__CUDA_NO_BFLOAT16_CONVERSIONS__",
 )
+# Says which version of the driver is loaded.
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 _WAYS_OUT = (
     "use kernels built elsewhere: a bundle (`rwkv-jit bundle build`, RWKV_JIT_BUNDLE_PATH) or a "
     "cache (`rwkv-jit warm`, RWKV_JIT_CACHE_DIR), "

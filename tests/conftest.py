@@ -47,6 +47,8 @@ def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         # Build locks lie there, and caches where the user's cannot be written.
         patch.setenv("TMPDIR", str(temporary))
         patch.setattr(tempfile, "tempdir", None)
+        # Matplotlib keeps a list of fonts there.
+        patch.setenv("MPLCONFIGDIR", str(temporary))
         patch.setenv("RWKV_JIT_CACHE_DIR", str(root))
         patch.setenv("RWKV_JIT_LOG_LEVEL", "quiet")
         patch.delenv("RWKV_JIT_MODE", raising=False)

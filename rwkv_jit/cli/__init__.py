@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 from .. import __version__
 from ..errors import RwkvJitError
 from . import commands
+from .bench_commands import bench
 from .bundle_commands import bundle_app
 from .cache_commands import cache_app
 
@@ -48,6 +49,7 @@ app.command("render")(commands.render_source)
 app.command()(commands.show)
 app.command()(commands.explain)
 app.command()(commands.doctor)
+app.command()(bench)
 app.add_typer(cache_app, name="cache")
 app.add_typer(bundle_app, name="bundle")
 

@@ -10,7 +10,6 @@ import subprocess
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from pathlib import Path
 
 from .. import __version__
 from ..arch import MIN_CUDA_ARCH, display_arch, host_cpu_arch
@@ -19,11 +18,10 @@ from ..cache import LAYOUT, Cache, check_trusted, folder_bytes
 from ..errors import ConfigError, RwkvJitError, SettingsError, ToolchainError
 from ..render import template_dir
 from ..settings import Settings, current_settings
-from ..toolchain import Toolchain, find_toolchain, torch_cuda_version
+from ..toolchain import NVIDIA_DRIVER, Toolchain, find_toolchain, torch_cuda_version
 from .trial import run_trial
 from .warming import gpu_archs
 
-_DRIVER = Path("/proc/driver/nvidia/version")
 _LITTLE_DISK = 1 << 30
 _LITTLE_MEMORY = 2 << 30
 
@@ -104,7 +102,7 @@ def _torch_check() -> Check:
     cuda = torch_cuda_version()
     kind = f"for CUDA {cuda}" if cuda else "CPU build"
     fix = ""
-    if cuda is None and _DRIVER.exists():
+    if cuda is None and NVIDIA_DRIVER.exists():
         fix = "there is an NVIDIA driver: install a CUDA build of torch to use the GPU"
     return Check(
         name="torch",
@@ -123,7 +121,7 @@ def _gpu_checks() -> tuple[tuple[str, ...], list[Check]]:
         archs = gpu_archs()
     if not archs:
         said = " ".join(str(warning.message).partition("\n")[0] for warning in caught)
-        if torch_cuda_version() is None or not _DRIVER.exists():
+        if torch_cuda_version() is None or not NVIDIA_DRIVER.exists():
             return (), [Check(name="gpu", status="ok", value="none; kernels run on the CPU")]
         fix = said or "look at nvidia-smi and CUDA_VISIBLE_DEVICES"
         return (), [Check(name="gpu", status="warning", value="torch cannot use it", fix=fix)]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from ..arch import is_cuda
+from ..bench.cases import Shape
 from ..build import build_many
 from ..config import DEFAULT_CHUNK_LENGTH, OpConfig
 from ..errors import RwkvJitError
@@ -15,10 +15,6 @@ from ..settings import Settings
 from .warming import DEFAULT_HEAD_SIZE
 
 _OP = "wkv7"
-_INPUTS = ("r", "w", "k", "v", "a", "b")
-# Keeps the rank-1 update smaller than what the decay takes away.
-_SCALES = {"a": 0.1, "b": 0.1}
-_LIMITS = {"bf16": 2e-2, "fp32": 1e-4}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,13 +30,15 @@ class Trial:
 
     @property
     def passed(self) -> bool:
-        """Whether the error is a number and within the limit."""
+        """Whether the error is within the limit."""
         return self.error <= self.limit
 
 
 def run_trial(arch: str, settings: Settings) -> Trial:
     """Try the device at hand, of the architecture `arch`. Raises what building, loading and
     launching raise."""
+    from ..bench.gate import LIMITS, worst_of  # noqa: PLC0415
+
     config = OpConfig(
         op=_OP,
         head_size=DEFAULT_HEAD_SIZE,
@@ -56,21 +54,21 @@ def run_trial(arch: str, settings: Settings) -> Trial:
             raise result
         seconds = max(seconds, result.manifest.build_seconds)
     errors = _errors(config)
-    worst = max(errors, key=lambda name: math.inf if math.isnan(errors[name]) else errors[name])
+    worst = worst_of(errors)
     return Trial(
         slug=config.slug,
         build_seconds=seconds,
         worst=worst,
         error=errors[worst],
-        limit=_LIMITS[config.dtype],
+        limit=LIMITS[config.dtype],
     )
 
 
 def _errors(config: OpConfig) -> dict[str, float]:
     """Relative RMS errors of y, the final state and every gradient against the recurrence in
     float64, on random inputs of more tokens than a chunk."""
-    import torch  # noqa: PLC0415
-
+    from ..bench.gate import relative_errors  # noqa: PLC0415
+    from ..bench.inputs import draw  # noqa: PLC0415
     from ..launch import TORCH_DTYPES  # noqa: PLC0415
     from ..reference import REFERENCES  # noqa: PLC0415
     from ..registry import get_op  # noqa: PLC0415
@@ -78,20 +76,11 @@ def _errors(config: OpConfig) -> dict[str, float]:
     device = "cuda" if is_cuda(config.arch) else "cpu"
     dtype = TORCH_DTYPES[config.dtype]
     op = get_op(config.op, head_size=config.head_size, dtype=dtype, device=device)
-    generator = torch.Generator().manual_seed(0)
-    shape = (1, config.chunk_length + 3, 2, config.head_size)
-    drawn = [torch.randn(shape, generator=generator) * _SCALES.get(name, 1) for name in _INPUTS]
-    ours = [x.to(device, dtype).requires_grad_() for x in drawn]
-    exact = [x.detach().to("cpu", torch.float64).requires_grad_() for x in ours]
-    results = []
-    for function, inputs in ((op, ours), (REFERENCES[config.op], exact)):
-        y, state = function(*inputs, output_final_state=True)
-        assert state is not None, "it was asked for"
-        (y.double().square().sum() + state.double().square().sum()).backward()
-        outputs = [y, state, *(x.grad for x in inputs)]
-        results.append([x.detach().double().cpu() for x in outputs if x is not None])
-    names = ("y", "final_state", *(f"d{name}" for name in _INPUTS))
-    return {
-        name: ((mine - right).norm() / right.norm()).item()
-        for name, mine, right in zip(names, *results, strict=True)
-    }
+    reference = REFERENCES[config.op]
+    shape = Shape(1, config.chunk_length + 3, 2, config.head_size)
+    return relative_errors(
+        lambda tensors: op(**tensors, output_final_state=True),
+        lambda tensors: reference(**tensors, output_final_state=True),
+        draw(get_spec(config.op), config, shape, device),
+        ("y", "final_state"),
+    )

@@ -20,6 +20,7 @@ COMMANDS = (
     ("render",),
     ("show",),
     ("doctor",),
+    ("bench",),
     ("cache",),
     ("cache", "path"),
     ("cache", "ls"),

@@ -28,7 +28,7 @@ def fresh_settings() -> Iterator[None]:
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine without a GPU, whatever this one has."""
     monkeypatch.setattr(doctor, "gpu_archs", lambda: ())
-    monkeypatch.setattr(doctor, "_DRIVER", Path("/nonexistent"))
+    monkeypatch.setattr(doctor, "NVIDIA_DRIVER", Path("/nonexistent"))
 
 
 def found(*, build: bool = False) -> dict[str, Check]:
@@ -102,7 +102,7 @@ def test_a_gpu_that_is_too_old_is_an_error(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_driver_without_a_usable_gpu_is_a_warning(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(doctor, "_DRIVER", tmp_path)
+    monkeypatch.setattr(doctor, "NVIDIA_DRIVER", tmp_path)
     monkeypatch.setattr(doctor, "gpu_archs", lambda: ())
     monkeypatch.setattr(doctor, "torch_cuda_version", lambda: None)
     assert "install a CUDA build of torch" in found()["torch"].fix

@@ -1,0 +1,70 @@
+"""The gate: results and gradients against the recurrence in float64, on a small slice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from .cases import Shape
+from .inputs import Tensors, draw_gradient
+
+# Largest relative RMS error of y and of any gradient that is right for the dtype.
+LIMITS: Mapping[str, float] = {"bf16": 1.2e-2, "fp16": 5e-3, "fp32": 2e-5, "fp64": 1e-12}
+# Of two sequences and two heads; the tokens are a multiple of what kernels of others insist on.
+_MOST_TOKENS = 128
+
+Results = Callable[[Tensors], Sequence[torch.Tensor | None]]
+
+
+def slice_of(shape: Shape) -> Shape:
+    """The shape that the gate looks at."""
+    return replace(
+        shape,
+        batch=min(shape.batch, 2),
+        length=min(shape.length, _MOST_TOKENS),
+        heads=min(shape.heads, 2),
+    )
+
+
+def relative_errors(
+    results: Results, truth: Results, tensors: Tensors, names: Sequence[str] = ("y",)
+) -> dict[str, float]:
+    """Relative RMS error of each result and of each tensor's gradient (`d<name>`).
+
+    results: what is examined. truth: gets the same in float64 on the CPU. Both return a
+    tensor for each of `names`, and may return None for others. An error that is no number is
+    infinite.
+    """
+    leaves = [x.detach().clone().requires_grad_() for x in tensors.values()]
+    outputs = _made(results, dict(zip(tensors, leaves, strict=True)))
+    given = [draw_gradient(x) for x in outputs]
+    gradients = torch.autograd.grad(outputs, leaves, given)
+    exact = [x.detach().to("cpu", torch.float64).requires_grad_() for x in leaves]
+    right = _made(truth, dict(zip(tensors, exact, strict=True)))
+    right_gradients = torch.autograd.grad(right, exact, [x.double().cpu() for x in given])
+    pairs = zip((*outputs, *gradients), (*right, *right_gradients), strict=True)
+    labels = (*names, *(f"d{name}" for name in tensors))
+    return {
+        label: _relative_rms(value.detach().double().cpu(), expected.detach())
+        for label, (value, expected) in zip(labels, pairs, strict=True)
+    }
+
+
+def worst_of(errors: Mapping[str, float]) -> str:
+    """The name of the largest error."""
+    return max(errors, key=lambda name: errors[name])
+
+
+def _made(results: Results, tensors: Tensors) -> list[torch.Tensor]:
+    return [x for x in results(tensors) if x is not None]
+
+
+def _relative_rms(value: torch.Tensor, truth: torch.Tensor) -> float:
+    if torch.equal(value, truth):
+        # Of a first token the gradients of w, a and b are 0, which nothing can be relative to.
+        return 0.0
+    error = ((value - truth).norm() / truth.norm()).item()
+    return math.inf if math.isnan(error) else error

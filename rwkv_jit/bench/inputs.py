@@ -1,0 +1,80 @@
+"""Inputs as a model makes them, and the fewest bytes that an operator has to move for them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ..arguments import allowed_dtypes, entry_sizes
+from ..config import OpConfig, default_state_dtype
+from ..launch import TORCH_DTYPES
+from ..spec import OpSpec
+from .cases import Shape
+
+Tensors = dict[str, torch.Tensor]
+
+
+def draw(spec: OpSpec, config: OpConfig, shape: Shape, device: str) -> Tensors:
+    """The inputs that `spec` cannot do without, by name; the same from call to call.
+
+    Names mean the same in every operator. w holds the same decays in every convention, as far as
+    the dtype can: d = exp(-exp(-1/2) sigmoid(x)) with x normal. |a| = 1 and b = -a * gate.
+    """
+    sizes = {"B": shape.batch, "T": shape.length, "H": shape.heads, "N": shape.head_size}
+    precise = TORCH_DTYPES[default_state_dtype(config.dtype)]
+    generator = torch.Generator(device).manual_seed(0)
+    exact: Tensors = {}
+    drawn: Tensors = {}
+    for tensor in spec.entries["forward"].inputs:
+        if tensor.optional:
+            continue
+        x = torch.randn(
+            [sizes[letter] for letter in tensor.shape],
+            generator=generator,
+            dtype=precise,
+            device=device,
+        )
+        if tensor.name == "w":
+            x = _decay(x, config.decay)
+        elif tensor.name == "a":
+            x = -torch.nn.functional.normalize(x, dim=-1)
+        elif tensor.name == "b":
+            x = -exact["a"] * torch.sigmoid(x)
+        exact[tensor.name] = x
+        drawn[tensor.name] = x.to(allowed_dtypes(tensor, config, drawn)[0])
+    return drawn
+
+
+def draw_gradient(y: torch.Tensor) -> torch.Tensor:
+    """A random gradient of a result; the same from call to call."""
+    generator = torch.Generator(y.device).manual_seed(1)
+    return torch.randn(y.shape, generator=generator, device=y.device).to(y.dtype)
+
+
+def fewest_bytes(spec: OpSpec, config: OpConfig, tensors: Tensors, *, backward: bool) -> int:
+    """Bytes of a call with `tensors` if each is moved once by each entry that names it.
+
+    backward: of forward and backward together. What is optional does not count, nor does what the
+    forward saves for the backward alone.
+    """
+    forward = spec.entries["forward"]
+    sizes = entry_sizes(forward, spec.checkpoint_spacing(config, "forward"), tensors)
+    total = 0
+    for entry in (forward, spec.entries["backward"]) if backward else (forward,):
+        for tensor in (*entry.inputs, *entry.outputs):
+            if tensor.optional or tensor.name in spec.saved_outputs:
+                continue
+            dtype = allowed_dtypes(tensor, config, tensors)[0]
+            total += math.prod(sizes[letter] for letter in tensor.shape) * dtype.itemsize
+    return total
+
+
+def _decay(x: torch.Tensor, decay: str) -> torch.Tensor:
+    """w in the convention `decay`, from the logit of the clamped one."""
+    if decay == "logit":
+        return x
+    if decay == "loglog":
+        return -torch.nn.functional.softplus(-x) - 0.5
+    log_d = -math.exp(-0.5) * torch.sigmoid(x)
+    return log_d if decay == "log" else torch.exp(log_d)

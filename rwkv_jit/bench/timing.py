@@ -1,0 +1,75 @@
+"""Times of repeated runs, and the bandwidth of a copy."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+_WARM_UPS = 3
+_FEWEST_RUNS = 5
+_COPIED_FLOATS = {"cuda": 1 << 28, "cpu": 1 << 25}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """Median and quartiles of a number of runs, in milliseconds."""
+
+    median_ms: float
+    lower_ms: float
+    upper_ms: float
+    runs: int
+
+
+def time_of(work: Callable[[], object], device: str, seconds: float) -> Timing:
+    """Run `work` for about so many seconds, and a few times at least, after warming up."""
+    time_once = _time_on_gpu if device == "cuda" else _time_on_cpu
+    # What is slow needs less of it.
+    warm = time.perf_counter() + seconds
+    for done in range(_WARM_UPS):
+        if done == 0 or time.perf_counter() < warm:
+            time_once(work)
+    times: list[float] = []
+    deadline = time.perf_counter() + seconds
+    while len(times) < _FEWEST_RUNS or time.perf_counter() < deadline:
+        times.append(time_once(work))
+    lower, median, upper = statistics.quantiles(times, n=4, method="inclusive")
+    return Timing(median_ms=median, lower_ms=lower, upper_ms=upper, runs=len(times))
+
+
+def copy_bandwidth(device: str, seconds: float) -> float:
+    """Bytes a second that a large copy moves, read and written."""
+    source = torch.randn(_COPIED_FLOATS[device], device=device)
+    target = torch.empty_like(source)
+    timing = time_of(lambda: target.copy_(source), device, seconds)
+    return 2 * source.nbytes / timing.median_ms * 1e3
+
+
+def extra_memory(work: Callable[[], object], device: str) -> int | None:
+    """Most bytes of the GPU that `work` had beyond what was there before; None on a CPU."""
+    if device != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    work()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _time_on_gpu(work: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end))
+
+
+def _time_on_cpu(work: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    work()
+    return (time.perf_counter() - begin) * 1e3

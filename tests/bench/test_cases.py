@@ -1,0 +1,47 @@
+"""Shapes from text, and the shapes of a plot."""
+
+from __future__ import annotations
+
+import pytest
+
+from rwkv_jit.bench.cases import (
+    Case,
+    Shape,
+    default_corner,
+    default_dtypes,
+    default_shapes,
+    heads_of,
+    lengths_of,
+    sweep,
+)
+
+
+def test_a_shape_is_read_and_written_back() -> None:
+    shape = Shape.parse("8, 4096,64,128")
+    assert shape == Shape(8, 4096, 64, 128)
+    assert str(shape) == "8,4096,64,128"
+    assert str(Case(op="wkv7", shape=shape, dtype="bf16")) == "wkv7 (8, 4096, 64, 128) bf16"
+
+
+@pytest.mark.parametrize("text", ["", "8,4096,64", "1,2,3,4,5", "1,2,x,4", "1,0,3,4", "1,-2,3,4"])
+def test_what_is_not_four_numbers_is_no_shape(text: str) -> None:
+    with pytest.raises(ValueError, match="is not four whole numbers above 0"):
+        Shape.parse(text)
+
+
+def test_a_plot_varies_one_size_at_a_time_and_meets_in_its_corner() -> None:
+    corner = Shape(2, 100, 6, 8)
+    lengths, heads = lengths_of(corner), heads_of(corner)
+    assert [shape.length for shape in lengths] == [3, 6, 12, 25, 50, 100]
+    assert {shape.sequences_and_heads for shape in lengths} == {12}
+    assert [shape.sequences_and_heads for shape in heads] == [2, 6, 12]
+    assert {shape.length for shape in heads} == {100}
+    assert sweep(corner).count(corner) == 1
+    assert set(sweep(corner)) == {*lengths, *heads}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_each_device_has_defaults(device: str) -> None:
+    assert default_shapes(device)
+    assert default_dtypes(device)
+    assert default_corner(device).head_size == 64

@@ -1,0 +1,56 @@
+"""Inputs like a model's, the same in every decay convention, and the bytes that they are."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from rwkv_jit.bench.cases import Case, Shape
+from rwkv_jit.bench.inputs import draw, draw_gradient, fewest_bytes
+from rwkv_jit.config import OpConfig
+from rwkv_jit.ops import get_spec
+from rwkv_jit.reference.decay import log_decay
+
+
+def test_inputs_are_the_same_from_call_to_call(case: Case, config: OpConfig) -> None:
+    torch.manual_seed(0)
+    first = draw(get_spec(case.op), config, case.shape, "cpu")
+    second = draw(get_spec(case.op), config, case.shape, "cpu")
+    assert list(first) == ["r", "w", "k", "v", "a", "b"]
+    for name in first:
+        assert torch.equal(first[name], second[name])
+        assert first[name].shape == (1, 20, 2, 8)
+    assert torch.equal(draw_gradient(first["r"]), draw_gradient(first["r"]))
+    assert not torch.equal(first["r"], first["k"])
+
+
+def test_the_update_is_that_of_a_model(case: Case, config: OpConfig) -> None:
+    tensors = draw(get_spec(case.op), config, case.shape, "cpu")
+    torch.testing.assert_close(tensors["a"].norm(dim=-1), torch.ones(1, 20, 2))
+    gate = -tensors["b"] / tensors["a"]
+    assert gate.min() > 0
+    assert gate.max() < 1
+
+
+@pytest.mark.parametrize("decay", ["logit", "log"])
+def test_every_convention_writes_the_same_decays(case: Case, config: OpConfig, decay: str) -> None:
+    spec, double = get_spec(case.op), replace(config, dtype="fp64", state_dtype="fp64")
+    ours = draw(spec, double, case.shape, "cpu")
+    theirs = draw(spec, replace(double, decay=decay), case.shape, "cpu")
+    factors = [log_decay(x["w"], kind) for x, kind in ((ours, "loglog"), (theirs, decay))]
+    torch.testing.assert_close(*factors, rtol=1e-12, atol=0)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours if name != "w")
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("bf16", 2), ("fp32", 4)])
+def test_the_fewest_bytes_are_inputs_outputs_and_gradients(
+    case: Case, config: OpConfig, dtype: str, size: int
+) -> None:
+    spec, config, shape = get_spec("wkv7"), replace(config, dtype=dtype), Shape(2, 5, 3, 8)
+    tensors = draw(spec, config, shape, "cpu")
+    one = 2 * 5 * 3 * 8 * size
+    # Six in and y; then six in and dy again, and six gradients. No state, no checkpoint.
+    assert fewest_bytes(spec, config, tensors, backward=False) == 7 * one
+    assert fewest_bytes(spec, config, tensors, backward=True) == 20 * one
