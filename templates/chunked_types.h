@@ -5,18 +5,23 @@ using rwkv_jit::bf16;
 using rwkv_jit::Chunk;
 using rwkv_jit::OperandA;
 using rwkv_jit::OperandB;
+using rwkv_jit::PADDED;
+using rwkv_jit::Partials;
+using rwkv_jit::Raw;
 using rwkv_jit::ROW;
 using rwkv_jit::Tokens;
 using rwkv_jit::TOKENS;
 
 using StateElement = rwkv_jit::{{state_dtype}};
 constexpr auto DECAY = static_cast<rwkv_jit::DecayKind>({{decay}});
-constexpr int WARPS = 4;
-constexpr int STEPS = N / 16;                // of sixteen channels
-constexpr int SPAN = {{checkpoint_tokens}};  // tokens between two checkpoints
+constexpr int STEPS = N / 16;  // of sixteen channels
+constexpr int WARPS = N / 16;  // each with sixteen of the state's rows
+constexpr int THREADS = WARPS * 32;
+constexpr int CHUNKS = WARPS / rwkv_jit::PARTS;  // that are prepared together
+constexpr int SPAN = {{checkpoint_tokens}};      // tokens between two checkpoints
 constexpr int SHARED_BYTES = {{shared_bytes}};
-static_assert(sizeof(rwkv_jit::{{dtype}}) == 2 && N == rwkv_jit::CHANNELS);
-static_assert(L == TOKENS && SPAN == WARPS * L);
+static_assert(std::is_same_v<rwkv_jit::{{dtype}}, bf16>);
+static_assert(L == TOKENS && SPAN == CHUNKS * L);
 
 // A warp's sixteen rows of the state, [value, key].
 using State = Accumulator[STEPS][2];
@@ -99,7 +104,7 @@ __device__ __forceinline__ void store_values(const Accumulator (&values)[2], voi
           rows.at[part];
 }
 
-// Sixteen rows of the state for each warp, 64 tokens at a time: one block for a sequence and head.
+// One block for a sequence and head.
 template <typename Shared>
 int launch(void (*kernel)(Arguments), const Arguments& args) {
   static_assert(sizeof(Shared) == SHARED_BYTES, "the spec knows how much it is");
@@ -109,7 +114,7 @@ int launch(void (*kernel)(Arguments), const Arguments& args) {
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES);
   if (error != cudaSuccess) return error;
   const auto stream = static_cast<cudaStream_t>(args.stream);
-  kernel<<<static_cast<unsigned>(blocks), WARPS * 32, SHARED_BYTES, stream>>>(args);
+  kernel<<<static_cast<unsigned>(blocks), THREADS, SHARED_BYTES, stream>>>(args);
   return cudaGetLastError();
 }
 

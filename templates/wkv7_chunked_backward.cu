@@ -1,7 +1,7 @@
-// wkv7 backward on tensor cores: one block per sequence and head, spans of four chunks of 16 tokens
-// from the last to the first. In a span: each warp prepares a chunk as in the forward; all warps
-// take the state from the span's checkpoint through the chunks (each with 16 rows), keeping the
-// state before each; then, chunk by chunk from the last, they take D = dL/dS back through it
+// wkv7 backward on tensor cores: one block per sequence and head, spans of CHUNKS chunks of 16
+// tokens from the last to the first. In a span: its warps prepare the chunks as in the forward; all
+// warps take the state from the span's checkpoint through the chunks (each with 16 rows), keeping
+// the state before each; then, chunk by chunk from the last, they take D = dL/dS back through it
 //   E = D B^^T   dV = K'' D^T + M^T dY   dX = T^T (A_qb^T dY + E^T)
 //   D <- D diag(P_L) + E W + dY^T R'
 // and work out the gradients (each with 16 channels; names as in wkv7_chunk.cuh):
@@ -12,50 +12,17 @@
 // what does not cross cancels.
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 //% include "prelude.h"
 #include "rwkv_jit/cuda/element.cuh"
 #include "rwkv_jit/cuda/wkv7_chunk_gradient.cuh"
 //% include "chunked_types.h"
+//% include "chunked_backward_shared.h"
 
 namespace {
 
 using namespace rwkv_jit;
-
-constexpr int PADDED = 24;  // columns of a 16-column matrix in shared memory
-
-using StateRows = bf16[N][ROW];  // a state, rounded, [value, key]
-
-enum Triangle { AB, AK, QB, QK, TRIANGLES };
-
-struct Shared {
-  Chunk chunks[WARPS];
-  bf16 qb[WARPS][TOKENS][PADDED];  // A_qb of each chunk
-  bf16 v[SPAN][ROW], dy[SPAN][ROW];
-  union {
-    Raw raw[WARPS];  // until the chunks are prepared
-    struct {
-      StateRows state[WARPS - 1];  // before each chunk but the first
-      StateRows d;                 // D after the chunk at hand
-      bf16 u[N][PADDED];           // U of the chunk at hand, [value, token]
-      bf16 dx[N][PADDED];          // its dX
-    };
-  };
-
-  // The first chunk's state takes the place of the last chunk, which then is done with.
-  __device__ __forceinline__ StateRows& state_before(int at) {
-    return at > 0 ? state[at - 1] : reinterpret_cast<StateRows&>(chunks[WARPS - 1]);
-  }
-  // The tensors of a chunk again, in the place of the next one, which then is done with.
-  __device__ __forceinline__ Raw& raw_of(int at) { return reinterpret_cast<Raw&>(chunks[at + 1]); }
-  // The gradients of the triangles take the place of K'', which then is done with.
-  __device__ __forceinline__ bf16* triangle(int at, int which) {
-    return &chunks[at].k[0][0] + which * TOKENS * PADDED;
-  }
-};
-static_assert(sizeof(Raw) <= sizeof(Chunk), "the tensors fit over a chunk");
-static_assert(sizeof(StateRows) <= sizeof(Chunk), "a state fits over a chunk");
-static_assert(sizeof(Chunk::k) + sizeof(Chunk::b) >= TRIANGLES * TOKENS * PADDED * 2,
-              "the triangles fit over K'' and B^");
 
 __device__ __forceinline__ void load_checkpoint(float* checkpoint, State& state) {
   const float4* from = checkpoint_place(checkpoint);
@@ -104,8 +71,8 @@ __device__ __forceinline__ void store_u(Shared& shared, int at) {
   load_transposed<ROW>(&shared.v[at * TOKENS][own_value()], left);
   load<TOKENS>(chunk.solved[TOKENS], right);
   add_product(u, left, right);
-  store_tile<PADDED>(u[0], &shared.u[own_value()][0]);
-  store_tile<PADDED>(u[1], &shared.u[own_value()][8]);
+  store_tile<PADDED>(u[0], &shared.work.u[own_value()][0]);
+  store_tile<PADDED>(u[1], &shared.work.u[own_value()][8]);
 }
 
 // D back through one chunk: dV, and for the gradients D after the chunk and dX.
@@ -119,7 +86,7 @@ __device__ __forceinline__ void scan_backward(const Arguments& args, const Token
 #pragma unroll
   for (int step = 0; step < STEPS; ++step) {
     const OperandA rows = to_operand(d[step][0], d[step][1]);
-    store_rows(rows, &shared.d[own_value()][16 * step]);
+    store_rows(rows, &shared.work.d[own_value()][16 * step]);
     load_transposed<ROW>(&chunk.b[0][16 * step], right);
     add_product(e, rows, right);
     load_transposed<ROW>(&chunk.k[0][16 * step], right);
@@ -129,29 +96,30 @@ __device__ __forceinline__ void scan_backward(const Arguments& args, const Token
   add_product(dv, dy, right);
   store_values(dv, args.dv, tokens, first);
   step_state(d, chunk, dy, chunk.r, to_operand(e[0], e[1]), chunk.w);
-  load<PADDED>(&shared.qb[at][0][0], right);
+  load<PADDED>(&chunk.qb[0][0], right);
   add_product(e, dy, right);  // dU
   load_transposed<TOKENS>(chunk.solved[0], right);
   add_product(dx, to_operand(e[0], e[1]), right);
-  store_tile<PADDED>(dx[0], &shared.dx[own_value()][0]);
-  store_tile<PADDED>(dx[1], &shared.dx[own_value()][8]);
+  store_tile<PADDED>(dx[0], &shared.work.dx[own_value()][0]);
+  store_tile<PADDED>(dx[1], &shared.work.dx[own_value()][8]);
 }
 
-// The gradient of one of the triangles, by this warp.
+// The gradients of the triangles, each by a warp.
 __device__ __forceinline__ void triangle_gradient(Shared& shared, int at) {
   const int which = threadIdx.x / 32;
+  if (which >= TRIANGLES) return;
   Accumulator sum[2] = {};
 #pragma unroll
   for (int step = 0; step < STEPS; ++step) {
     OperandA left;
     OperandB right;
     if (which == AB || which == AK) {
-      load_transposed<PADDED>(&shared.dx[16 * step][0], left);
+      load_transposed<PADDED>(&shared.work.dx[16 * step][0], left);
     } else {
       load<ROW>(&shared.dy[at * TOKENS][16 * step], left);
     }
     if (which == AB || which == QB) {
-      load<PADDED>(&shared.u[16 * step][0], right);
+      load<PADDED>(&shared.work.u[16 * step][0], right);
     } else {
       load_transposed<ROW>(&shared.v[at * TOKENS][16 * step], right);
     }
@@ -162,8 +130,8 @@ __device__ __forceinline__ void triangle_gradient(Shared& shared, int at) {
   } else {
     lower_triangle<false>(sum);
   }
-  store_tile<PADDED>(sum[0], shared.triangle(at, which));
-  store_tile<PADDED>(sum[1], shared.triangle(at, which) + 8);
+  store_tile<PADDED>(sum[0], triangle_of(shared.chunks[at], which));
+  store_tile<PADDED>(sum[1], triangle_of(shared.chunks[at], which) + 8);
 }
 
 // The diagonal of a matrix of sixteen channels, for this lane's four, [tile, odd].
@@ -204,22 +172,22 @@ __device__ __forceinline__ void channel_gradients(const Arguments& args, const T
                    k = scaled(loaded.k, to_middle), b = scaled(loaded.b, to_middle);
     OperandA left;
     OperandB right = to_second(b), other = to_second(k);
-    load<PADDED>(shared.triangle(at, QB), left);
+    load<PADDED>(triangle_of(shared.chunks[at], QB), left);
     add_product(dr, left, right);
-    load<PADDED>(shared.triangle(at, AB), left);
+    load<PADDED>(triangle_of(shared.chunks[at], AB), left);
     add_product(da, left, right);
-    load<PADDED>(shared.triangle(at, QK), left);
+    load<PADDED>(triangle_of(shared.chunks[at], QK), left);
     add_product(dr, left, other);
-    load<PADDED>(shared.triangle(at, AK), left);
+    load<PADDED>(triangle_of(shared.chunks[at], AK), left);
     add_product(da, left, other);
     right = to_second(r), other = to_second(a);
-    load_transposed<PADDED>(shared.triangle(at, QB), left);
+    load_transposed<PADDED>(triangle_of(shared.chunks[at], QB), left);
     add_product(db, left, right);
-    load_transposed<PADDED>(shared.triangle(at, QK), left);
+    load_transposed<PADDED>(triangle_of(shared.chunks[at], QK), left);
     add_product(dk, left, right);
-    load_transposed<PADDED>(shared.triangle(at, AB), left);
+    load_transposed<PADDED>(triangle_of(shared.chunks[at], AB), left);
     add_product(db, left, other);
-    load_transposed<PADDED>(shared.triangle(at, AK), left);
+    load_transposed<PADDED>(triangle_of(shared.chunks[at], AK), left);
     add_product(dk, left, other);
     // What crosses a token: rows at or after it (a: after it alone) from columns before it. What
     // does not cross cancels, as these are the very products.
@@ -261,7 +229,7 @@ __device__ __forceinline__ void channel_gradients(const Arguments& args, const T
       load<ROW>(&shared.state_before(at)[16 * step][key], right);
       load<ROW>(&shared.dy[at * TOKENS][16 * step], left);
       add_product(dr_state, left, right);
-      load_transposed<PADDED>(&shared.dx[16 * step][0], left);
+      load_transposed<PADDED>(&shared.work.dx[16 * step][0], left);
       add_product(da_state, left, right);
     }
     exp2_of_sums(sums.sum_up_to(), decays.log_d, factors);
@@ -282,10 +250,10 @@ __device__ __forceinline__ void channel_gradients(const Arguments& args, const T
     for (int step = 0; step < STEPS; ++step) {
       OperandA left;
       OperandB right;
-      load<ROW>(&shared.d[16 * step][key], right);
+      load<ROW>(&shared.work.d[16 * step][key], right);
       load<ROW>(&shared.v[at * TOKENS][16 * step], left);
       add_product(dk_state, left, right);
-      load_transposed<PADDED>(&shared.u[16 * step][0], left);
+      load_transposed<PADDED>(&shared.work.u[16 * step][0], left);
       add_product(db_state, left, right);
       load_transposed<ROW>(&shared.state_before(at)[16 * step][key], left);
       add_product(overlap, left, right);
@@ -318,29 +286,46 @@ __device__ __forceinline__ void channel_gradients(const Arguments& args, const T
   }
 }
 
-// Asks for what the span before needs.
+// Asks the second-level cache for a state, and for the tensors of the span that it precedes.
 __device__ __forceinline__ void prefetch_span(const Arguments& args, const Tokens& tokens,
                                               int first, const float* checkpoint) {
-  const int64_t row = tokens.at(first + threadIdx.x % SPAN);
-  if (threadIdx.x < SPAN) {
-    for (const void* tensor : {args.r, args.k, args.a, args.b})
-      prefetch(static_cast<const bf16*>(tensor) + row);
-  } else {
-    for (const void* tensor : {args.v, args.dy}) prefetch(static_cast<const bf16*>(tensor) + row);
-    if (args.w_dtype == FP32) {
-      prefetch(static_cast<const float*>(args.w) + row);
-      prefetch(static_cast<const float*>(args.w) + row + N / 2);
+  for (int at = threadIdx.x * 32; at < N * N; at += THREADS * 32) prefetch(checkpoint + at);
+  if constexpr (TIGHT) {
+    const int64_t row = tokens.at(first + threadIdx.x % SPAN);
+    if (threadIdx.x < SPAN) {
+      for (const void* tensor : {args.r, args.k, args.a, args.b})
+        prefetch(static_cast<const bf16*>(tensor) + row);
     } else {
-      prefetch(static_cast<const bf16*>(args.w) + row);
+      for (const void* tensor : {args.v, args.dy}) prefetch(static_cast<const bf16*>(tensor) + row);
+      if (args.w_dtype == FP32) {
+        prefetch(static_cast<const float*>(args.w) + row);
+        prefetch(static_cast<const float*>(args.w) + row + N / 2);
+      } else {
+        prefetch(static_cast<const bf16*>(args.w) + row);
+      }
     }
   }
-  prefetch(checkpoint + threadIdx.x * 32);
 }
 
-__global__ void __launch_bounds__(WARPS * 32, 2) backward_kernel(const Arguments args) {
+// Asks for the tensors of `count` chunks, the first of which is chunk `at` of the span at `first`.
+template <int COUNT>
+__device__ __forceinline__ void fetch_chunks(const Arguments& args, const Tokens& tokens, int first,
+                                             Shared& shared, int at) {
+  const int token = at * TOKENS;
+#pragma unroll
+  for (int chunk = 0; chunk < COUNT; ++chunk)
+    fetch<THREADS>(args, tokens, first + token + chunk * TOKENS, threadIdx.x,
+                   shared.raw[at + chunk]);
+  copies_asked();
+  fetch_rows<COUNT * TOKENS, THREADS>(args.v, tokens, first + token, threadIdx.x, &shared.v[token]);
+  fetch_rows<COUNT * TOKENS, THREADS>(args.dy, tokens, first + token, threadIdx.x,
+                                      &shared.dy[token]);
+  copies_asked();
+}
+
+__global__ void __launch_bounds__(THREADS, TIGHT ? 2 : 1) backward_kernel(const Arguments args) {
   extern __shared__ __align__(16) char shared_bytes[];
   Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
-  const int warp = threadIdx.x / 32;
   const int64_t head = blockIdx.x % args.H;  // blocks are s * H + head
   const Sequence sequence = find_sequence(args, blockIdx.x / args.H, SPAN);
   const Tokens tokens = tokens_of(args, sequence, head);
@@ -349,34 +334,39 @@ __global__ void __launch_bounds__(WARPS * 32, 2) backward_kernel(const Arguments
 
   State d;
   load_state(args.dfinal_state, blockIdx.x, d);
+  if constexpr (!TIGHT) fetch_chunks<CHUNKS>(args, tokens, (spans - 1) * SPAN, shared, 0);
   for (int first = (spans - 1) * SPAN; first >= 0; first -= SPAN) {
     float* const checkpoint =
         static_cast<float*>(args.checkpoints) + (first_checkpoint + first / SPAN * args.H) * N * N;
-    const int own = first + warp * TOKENS;
-    const int chunks = min(WARPS, (tokens.count - first + TOKENS - 1) / TOKENS);
-    fetch<32>(args, tokens, own, threadIdx.x % 32, shared.raw[warp]);
-    copies_asked();
-    fetch_rows<SPAN, WARPS * 32>(args.v, tokens, first, threadIdx.x, shared.v);
-    fetch_rows<SPAN, WARPS * 32>(args.dy, tokens, first, threadIdx.x, shared.dy);
-    copies_asked();
+    const int chunks = min(CHUNKS, (tokens.count - first + TOKENS - 1) / TOKENS);
+    if constexpr (TIGHT) fetch_chunks<CHUNKS>(args, tokens, first, shared, 0);
     copies_done_but_last();
-    __syncwarp();  // the warp's own tensors are there
+    __syncthreads();  // the tensors that the chunks are made of are there
     State state;
-    prepare<DECAY>(args, tokens, own, shared.raw[warp], shared.chunks[warp], &shared.qb[warp][0][0],
-                   [&] { load_checkpoint(checkpoint, state); });
+    const int own = threadIdx.x / 32 / PARTS;  // the chunk that this warp prepares
+    prepare<DECAY>(args, tokens, first + own * TOKENS, shared.raw[own], shared.chunks[own],
+                   shared.partials[own], [&] {
+                     if constexpr (TIGHT) load_checkpoint(checkpoint, state);
+                   });
     if (first > 0) prefetch_span(args, tokens, first - SPAN, checkpoint - args.H * N * N);
+    if constexpr (!TIGHT) load_checkpoint(checkpoint, state);
     copies_done();
     __syncthreads();  // the chunks, v and dy are there
     Loaded loaded;
-    loaded.load_from(shared.raw[chunks - 1], own_value());
-    __syncthreads();  // nobody needs the raw tensors
-    if (chunks < WARPS) store_state_rows(state, shared.state_before(0));
+    if constexpr (TIGHT) {
+      loaded.load_from(shared.raw[chunks - 1], own_value());
+      __syncthreads();  // nobody needs the raw tensors
+    }
+    if (!TIGHT || chunks < CHUNKS) store_state_rows(state, shared.state_before(0));
     for (int at = 0; at + 1 < chunks; ++at) {
       scan_forward(shared, at, state);
       store_state_rows(state, shared.state_before(at + 1));
     }
+    if constexpr (!TIGHT)
+      for (int at = chunks; at < CHUNKS && first > 0; ++at)
+        fetch_chunks<1>(args, tokens, first - SPAN, shared, at);
     for (int at = chunks - 1; at >= 0; --at) {
-      const bool last_is_done = at == 1 && chunks == WARPS;
+      const bool last_is_done = TIGHT && at == 1 && chunks == CHUNKS;
       __syncwarp();  // the warp's rows of the state before the chunk are there
       store_u(shared, at);
       if (last_is_done) load_checkpoint(checkpoint, state);
@@ -384,14 +374,18 @@ __global__ void __launch_bounds__(WARPS * 32, 2) backward_kernel(const Arguments
       if (last_is_done) store_state_rows(state, shared.state_before(0));
       __syncthreads();  // D, U and dX of all rows are there
       triangle_gradient(shared, at);
-      copies_done();
+      if constexpr (TIGHT) copies_done();
       __syncthreads();
-      if (at + 1 < chunks) loaded.load_from(shared.raw_of(at), own_value());
+      if (!TIGHT || at + 1 < chunks) loaded.load_from(shared.raw_of(at), own_value());
       channel_gradients(args, tokens, first + at * TOKENS, shared, at, loaded);
       __syncthreads();  // their readers are done
-      if (at > 0)
-        fetch<WARPS * 32>(args, tokens, first + (at - 1) * TOKENS, threadIdx.x,
-                          shared.raw_of(at - 1));
+      if constexpr (TIGHT) {
+        if (at > 0)
+          fetch<THREADS>(args, tokens, first + (at - 1) * TOKENS, threadIdx.x,
+                         shared.raw_of(at - 1));
+      } else if (first > 0) {
+        fetch_chunks<1>(args, tokens, first - SPAN, shared, at);
+      }
     }
   }
   store_state(d, args.dinitial_state, blockIdx.x);

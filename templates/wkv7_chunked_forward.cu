@@ -1,7 +1,10 @@
-// wkv7 forward on tensor cores: one block per sequence and head, four chunks of 16 tokens a time.
-// Each warp prepares one of the four chunks, which needs no state; then all warps take the state
-// through the four, each with 16 of its rows: S [value, key] stays in registers, in float.
+// wkv7 forward on tensor cores: one block per sequence and head, a span of CHUNKS chunks of 16
+// tokens a time. Its warps prepare the chunks side by side, which needs no state; then all warps
+// take the state through them, each with 16 of its rows: S [value, key] stays in registers, in
+// float.
 #include <cuda_runtime.h>
+
+#include <type_traits>
 
 //% include "prelude.h"
 #include "rwkv_jit/cuda/element.cuh"
@@ -13,9 +16,10 @@ namespace {
 using namespace rwkv_jit;
 
 struct Shared {
-  Chunk chunks[WARPS];
-  Raw raw[WARPS];
+  Chunk chunks[CHUNKS];
+  Raw raw[CHUNKS];
   bf16 v[SPAN][ROW];
+  Partials partials[CHUNKS];
 };
 
 // Y^T for this warp's 16 values of a chunk, and the state after it.
@@ -33,7 +37,7 @@ __device__ __forceinline__ void scan_chunk(const Arguments& args, const Tokens& 
     load_transposed<ROW>(&chunk.r[0][16 * step], right);
     add_product(y, rows, right);  // S R'^T
   }
-  load_transposed<24>(&chunk.m[0][0], right);
+  load_transposed<PADDED>(&chunk.m[0][0], right);
   add_product(y, values, right);  // V^T M^T
   store_values(y, args.y, tokens, first);
   step_state(state, chunk, values, chunk.k, to_operand(u[0], u[1]), chunk.b);
@@ -51,10 +55,11 @@ __device__ __forceinline__ void store_checkpoint(const State& state, int64_t str
   to += stride;
 }
 
-__global__ void __launch_bounds__(WARPS * 32, 2) forward_kernel(const Arguments args) {
+__global__ void __launch_bounds__(THREADS, N == 64 ? 2 : 1) forward_kernel(const Arguments args) {
   extern __shared__ __align__(16) char shared_bytes[];
   Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
-  const int warp = threadIdx.x / 32;
+  const int own = threadIdx.x / 32 / PARTS;  // the chunk that this warp prepares
+  const int thread = threadIdx.x % (PARTS * 32);
   const int64_t head_index = blockIdx.x;  // s * H + head
   const int64_t head = head_index % args.H;
   const Sequence sequence = find_sequence(args, head_index / args.H, SPAN);
@@ -66,18 +71,18 @@ __global__ void __launch_bounds__(WARPS * 32, 2) forward_kernel(const Arguments 
 
   State state;
   load_state(args.initial_state, head_index, state);
-  fetch<32>(args, tokens, warp * TOKENS, threadIdx.x % 32, shared.raw[warp]);
+  fetch<PARTS * 32>(args, tokens, own * TOKENS, thread, shared.raw[own]);
   for (int first = 0; first < tokens.count; first += SPAN) {
     store_checkpoint(state, args.H * N * N, checkpoint);
-    const int own = first + warp * TOKENS;
     copies_done();
     __syncthreads();  // and the last span's readers are done
-    fetch_rows<SPAN, WARPS * 32>(args.v, tokens, first, threadIdx.x, shared.v);
-    prepare<DECAY>(args, tokens, own, shared.raw[warp], shared.chunks[warp], nullptr, [] {});
+    fetch_rows<SPAN, THREADS>(args.v, tokens, first, threadIdx.x, shared.v);
+    prepare<DECAY>(args, tokens, first + own * TOKENS, shared.raw[own], shared.chunks[own],
+                   shared.partials[own], [] {});
     copies_done();
     __syncthreads();
-    fetch<32>(args, tokens, own + SPAN, threadIdx.x % 32, shared.raw[warp]);
-    for (int chunk = 0; chunk < WARPS && first + chunk * TOKENS < tokens.count; ++chunk)
+    fetch<PARTS * 32>(args, tokens, first + SPAN + own * TOKENS, thread, shared.raw[own]);
+    for (int chunk = 0; chunk < CHUNKS && first + chunk * TOKENS < tokens.count; ++chunk)
       scan_chunk(args, tokens, first + chunk * TOKENS, shared.chunks[chunk],
                  shared.v[chunk * TOKENS], state);
   }

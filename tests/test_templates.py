@@ -100,28 +100,21 @@ def compile_cuda(config: OpConfig, entry: str, folder: Path) -> dict[str, dict[s
     return kernel_resources(result.stdout + result.stderr)
 
 
-# Bytes that a kernel may spill: the tensor-core backward holds every register that there is, and
-# for some targets the compiler is a few short.
-SPILLS = {("sm100", 64, "bf16", "backward"): 24}
-
-
 @pytest.mark.parametrize("entry", ENTRIES)
 @pytest.mark.parametrize(
     ("arch", "size", "dtype"),
     [
-        *((arch, 64, "bf16") for arch in CUDA_ARCHES),
+        *((arch, size, "bf16") for arch in CUDA_ARCHES for size in (64, 128)),
         *(("sm80", size, "fp16") for size in CUDA_HEAD_SIZES),
         ("sm90a", 128, "fp32"),
     ],
 )
-def test_every_cuda_template_compiles_and_hardly_any_spills(
+def test_every_cuda_template_compiles_and_nothing_spills(
     arch: str, size: int, dtype: str, entry: str, tmp_path: Path
 ) -> None:
     config = OpConfig(op="wkv7", head_size=size, dtype=dtype, chunk_length=16, arch=arch)
     report = compile_cuda(config, entry, tmp_path)
     assert report
     for name, resources in report.items():
-        allowed = SPILLS.get((arch, size, dtype, entry), 0)
-        assert resources["spill_stores"] <= allowed, name
-        assert resources["spill_loads"] <= allowed, name
+        assert resources["spill_stores"] == resources["spill_loads"] == 0, name
         assert 0 < resources["registers"] <= 255, name

@@ -81,26 +81,31 @@ _DSTATE = TensorSpec(
 )
 
 
-# On tensor cores. Checkpoints stand before each span of four chunks, prepared together by a block.
-_SPAN = 64
-_CHUNKED_BYTES = {"forward": 102_400, "backward": 114_688}
+# On tensor cores. Checkpoints stand before each span of chunks that a block prepares together.
+_SPANS = {64: 64, 128: 32}
+_CHUNKED_BYTES = {
+    ("forward", 64): 105_536,
+    ("backward", 64): 114_688,
+    ("forward", 128): 126_976,
+    ("backward", 128): 219_648,
+}
 
 
-def _chunked(entry: str) -> KernelVariant:
+def _chunked(entry: str, head_size: int) -> KernelVariant:
     return KernelVariant(
         entry=entry,
         template=f"wkv7_chunked_{entry}.cu",
         min_arch=80,
-        head_sizes=(64,),
+        head_sizes=(head_size,),
         dtypes=("bf16",),
         chunk_lengths=(16,),
         constants=lambda _config: {
-            "checkpoint_tokens": _SPAN,
-            "shared_bytes": _CHUNKED_BYTES[entry],
+            "checkpoint_tokens": _SPANS[head_size],
+            "shared_bytes": _CHUNKED_BYTES[entry, head_size],
         },
         # One limit for both: the entries share their checkpoints.
-        shared_bytes=max(_CHUNKED_BYTES.values()),
-        checkpoint_tokens=_SPAN,
+        shared_bytes=max(_CHUNKED_BYTES[name, head_size] for name in ("forward", "backward")),
+        checkpoint_tokens=_SPANS[head_size],
     )
 
 
@@ -139,7 +144,7 @@ def _variants() -> tuple[KernelVariant, ...]:
         )
         for head_sizes, scratch in (((16, 32, 64), ()), ((128, 256), (_DSTATE,)))
     ]
-    chunked = [_chunked(entry) for entry in ("forward", "backward")]
+    chunked = [_chunked(entry, size) for size in _SPANS for entry in ("forward", "backward")]
     return (*cpu, *chunked, forward, *backward)
 
 

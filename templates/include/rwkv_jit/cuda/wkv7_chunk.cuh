@@ -14,13 +14,14 @@
 namespace rwkv_jit {
 
 struct Chunk {
-  bf16 w[TOKENS][ROW];    // W; before that a P-
-  bf16 r[TOKENS][ROW];    // R'; before that r P
-  bf16 k[TOKENS][ROW];    // K''; before that K^
-  bf16 b[TOKENS][ROW];    // B^
-  float total[CHANNELS];  // P_L
+  bf16 w[TOKENS][ROW];      // W; before that a P-
+  bf16 r[TOKENS][ROW];      // R'; before that r P
+  bf16 k[TOKENS][ROW];      // K''; before that K^
+  bf16 b[TOKENS][ROW];      // B^
+  float total[CHANNELS];    // P_L
+  bf16 qb[TOKENS][PADDED];  // A_qb
   union {
-    bf16 m[TOKENS][24];           // M
+    bf16 m[TOKENS][PADDED];       // M
     float right[TOKENS][TOKENS];  // A_ak by columns
   };
   union {
@@ -132,20 +133,66 @@ __device__ __forceinline__ void widen(const OperandA& rows, Accumulator (&to)[2]
   }
 }
 
-// Prepares the chunk whose tokens are first .. first + 15, by one warp. Those that are not there
-// leave the state as it is. A_qb goes to rows of 24 where it is asked for. `ask` asks
-// for memory that is needed next; it is called where registers have become free.
+// A chunk is prepared by PARTS warps, each with as many of its channels.
+constexpr int PARTS = CHANNELS / 64 * (CHANNELS / 64);
+constexpr int PART_STEPS = CHANNELS / 16 / PARTS;
+static_assert(PARTS == 1 || PARTS == 4, "one warp, or one for each triangle");
+
+enum Triangle { AB, AK, QB, QK, TRIANGLES };
+
+// What each warp adds to the triangles, as its lanes hold it.
+using Partials = float4[PARTS][PARTS == 1 ? 1 : TRIANGLES * 2 * 32];
+
+// Waits for the warps that prepare the same chunk.
+__device__ __forceinline__ void sync_chunk() {
+  if constexpr (PARTS == 1) {
+    __syncwarp();
+  } else {
+    asm volatile("bar.sync %0, %1;" ::"r"(1 + threadIdx.x / 32 / PARTS), "n"(PARTS * 32)
+                 : "memory");
+  }
+}
+
+// Adds up what the warps have of the triangles; each warp gets one of them whole, in `sums[0]`, or
+// all four.
+__device__ __forceinline__ void add_parts(Accumulator (&sums)[TRIANGLES][2], Partials& partials) {
+  if constexpr (PARTS > 1) {
+    const int lane = threadIdx.x % 32, part = threadIdx.x / 32 % PARTS;
+#pragma unroll
+    for (int at = 0; at < TRIANGLES * 2; ++at) {
+      const Accumulator& four = sums[at / 2][at % 2];
+      partials[part][at * 32 + lane] = make_float4(four[0], four[1], four[2], four[3]);
+    }
+    sync_chunk();
+#pragma unroll
+    for (int tile = 0; tile < 2; ++tile) {
+      Accumulator& sum = sums[0][tile];
+      sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
+#pragma unroll
+      for (int from = 0; from < PARTS; ++from) {
+        const float4 four = partials[from][(part * 2 + tile) * 32 + lane];
+        sum[0] += four.x, sum[1] += four.y, sum[2] += four.z, sum[3] += four.w;
+      }
+    }
+  }
+}
+
+// Prepares the chunk whose tokens are first .. first + 15, by PARTS warps. Those that are not there
+// leave the state as it is. `ask` asks for memory that is needed next; it is called where registers
+// have become free.
 template <DecayKind KIND, typename Args, typename Ask>
 __device__ __forceinline__ void prepare(const Args& args, const Tokens& tokens, int first,
-                                        const Raw& raw, Chunk& chunk, bf16* qb_rows,
+                                        const Raw& raw, Chunk& chunk, Partials& partials,
                                         const Ask& ask) {
   const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+  const int part = threadIdx.x / 32 % PARTS, first_channel = part * PART_STEPS * 16;
+  const auto has = [part](Triangle which) { return PARTS == 1 || part == which; };
   const TokenSums sums;
-  Accumulator ab[2] = {}, ak[2] = {}, qb[2] = {}, qk[2] = {};
+  Accumulator triangles[TRIANGLES][2] = {};
 
 #pragma unroll
-  for (int step = 0; step < CHANNELS / 16; ++step) {
-    const int channel = 16 * step;
+  for (int step = 0; step < PART_STEPS; ++step) {
+    const int channel = first_channel + 16 * step;
     float log_d[8];
     if (args.w_dtype == FP32) {
       load_wide_decay(args.w, tokens, first, channel, log_d);
@@ -189,57 +236,68 @@ __device__ __forceinline__ void prepare(const Args& args, const Tokens& tokens, 
     exp2_of_sums<true>(sums.from_middle(), decays.bounded, factors);
     b = scaled(b, factors);
     k = scaled(k, factors);
-    add_product(ab, a, b);
-    add_product(ak, a, k);
-    add_product(qb, r, b);
-    add_product(qk, r, k);
+    add_product(triangles[AB], a, b);
+    add_product(triangles[AK], a, k);
+    add_product(triangles[QB], r, b);
+    add_product(triangles[QK], r, k);
   }
-  lower_triangle<true>(ab);
-  lower_triangle<true>(ak);
-  lower_triangle<false>(qb);
-  lower_triangle<false>(qk);
-  if (qb_rows != nullptr) {
-    store_tile<24>(qb[0], qb_rows);
-    store_tile<24>(qb[1], qb_rows + 8);
+  add_parts(triangles, partials);
+  const auto triangle = [&triangles](Triangle which) -> Accumulator(&)[2] {
+    return triangles[PARTS == 1 ? which : 0];
+  };
+  if (has(AB)) {
+    lower_triangle<true>(triangle(AB));
+    store_columns(triangle(AB), chunk.lower);
   }
-  store_columns(ab, chunk.lower);
-  store_columns(ak, chunk.right);
-  __syncwarp();
-  solve(chunk);
+  if (has(AK)) {
+    lower_triangle<true>(triangle(AK));
+    store_columns(triangle(AK), chunk.right);
+  }
+  if (has(QB)) {
+    lower_triangle<false>(triangle(QB));
+    store_tile<PADDED>(triangle(QB)[0], &chunk.qb[0][0]);
+    store_tile<PADDED>(triangle(QB)[1], &chunk.qb[0][8]);
+  }
+  sync_chunk();
+  if (part == 0) solve(chunk);
+  if constexpr (PARTS > 1) sync_chunk();
 
-  OperandA inverse, g_transposed;
-  OperandB g_columns;
+  OperandA inverse, g_transposed, qb;
   load_transposed<TOKENS>(chunk.solved[0], inverse);
   load<TOKENS>(chunk.solved[TOKENS], g_transposed);
-  load_transposed<TOKENS>(chunk.solved[TOKENS], g_columns);
-  const OperandA qb_rounded = to_operand(qb[0], qb[1]);
-  add_product(qk, qb_rounded, g_columns);
-  store_tile<24>(qk[0], &chunk.m[0][0]);
-  store_tile<24>(qk[1], &chunk.m[0][8]);
+  load<PADDED>(&chunk.qb[0][0], qb);
+  if (has(QK)) {
+    OperandB columns;
+    load_transposed<TOKENS>(chunk.solved[TOKENS], columns);
+    lower_triangle<false>(triangle(QK));
+    add_product(triangle(QK), qb, columns);
+    store_tile<PADDED>(triangle(QK)[0], &chunk.m[0][0]);
+    store_tile<PADDED>(triangle(QK)[1], &chunk.m[0][8]);
+  }
 
-  Accumulator w[CHANNELS / 16][2] = {};
+  Accumulator w[PART_STEPS][2] = {};
 #pragma unroll
-  for (int step = 0; step < CHANNELS / 16; ++step) {
+  for (int step = 0; step < PART_STEPS; ++step) {
     OperandB rows;
-    load<ROW>(&chunk.w[0][16 * step], rows);
+    load<ROW>(&chunk.w[0][first_channel + 16 * step], rows);
     add_product(w[step], inverse, rows);
   }
   __syncwarp();  // every lane has read a P-, whose place W takes
 #pragma unroll
-  for (int step = 0; step < CHANNELS / 16; ++step)
-    store_rows(to_operand(w[step][0], w[step][1]), &chunk.w[0][16 * step]);
+  for (int step = 0; step < PART_STEPS; ++step)
+    store_rows(to_operand(w[step][0], w[step][1]), &chunk.w[0][first_channel + 16 * step]);
   __syncwarp();
   ask();
 #pragma unroll
-  for (int step = 0; step < CHANNELS / 16; ++step) {
-    const int channel = 16 * step;
+  for (int step = 0; step < PART_STEPS; ++step) {
+    const int channel = first_channel + 16 * step;
     Accumulator r[2], k[2];
     OperandA state_rows;
     OperandB rows;
     load<ROW>(&chunk.r[0][channel], state_rows);
     widen(state_rows, r);
     load<ROW>(&chunk.w[0][channel], rows);
-    add_product(r, qb_rounded, rows);
+    add_product(r, qb, rows);
     load<ROW>(&chunk.k[0][channel], state_rows);
     widen(state_rows, k);
     load<ROW>(&chunk.b[0][channel], rows);

@@ -7,9 +7,10 @@ namespace rwkv_jit {
 
 using bf16 = __nv_bfloat16;
 
-constexpr int TOKENS = 16;
-constexpr int CHANNELS = 64;       // head size
+constexpr int TOKENS = 16;         // of a chunk
+constexpr int CHANNELS = N;        // head size; the source that includes this defines it
 constexpr int ROW = CHANNELS + 8;  // of bf16 in shared memory; the padding keeps banks apart
+constexpr int PADDED = 24;         // columns of a matrix [16 x 16] there
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float STRONGEST = -10.0f * LOG2_E;  // log2 d inside the triangles
 
@@ -40,9 +41,9 @@ struct Tokens {
   __device__ __forceinline__ int64_t at(int token) const { return start + int64_t{token} * stride; }
 };
 
-// Asks for rows of a tensor from token `first` on, COUNT of them by THREADS threads of which this is
-// `thread`; zeros for tokens that are not there. They are there after copies_done() and a barrier of
-// the threads.
+// Asks for rows of a tensor from token `first` on, COUNT of them by THREADS threads of which this
+// is `thread`; zeros for tokens that are not there. They are there after copies_done() and a
+// barrier of the threads.
 template <int COUNT, int THREADS>
 __device__ __forceinline__ void fetch_rows(const void* from, const Tokens& tokens, int first,
                                            int thread, bf16 (*to)[ROW]) {
