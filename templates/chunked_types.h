@@ -6,7 +6,6 @@ using rwkv_jit::Chunk;
 using rwkv_jit::OperandA;
 using rwkv_jit::OperandB;
 using rwkv_jit::PADDED;
-using rwkv_jit::Partials;
 using rwkv_jit::Raw;
 using rwkv_jit::ROW;
 using rwkv_jit::Tokens;
@@ -15,13 +14,18 @@ using rwkv_jit::TOKENS;
 using StateElement = rwkv_jit::{{state_dtype}};
 constexpr auto DECAY = static_cast<rwkv_jit::DecayKind>({{decay}});
 constexpr int STEPS = N / 16;  // of sixteen channels
-constexpr int WARPS = N / 16;  // each with sixteen of the state's rows
+constexpr int WARPS = {{warps}};
 constexpr int THREADS = WARPS * 32;
-constexpr int CHUNKS = WARPS / rwkv_jit::PARTS;  // that are prepared together
-constexpr int SPAN = {{checkpoint_tokens}};      // tokens between two checkpoints
+constexpr int STATE_WARPS = N / 16;          // each with sixteen of the state's rows
+constexpr int SPAN = {{checkpoint_tokens}};  // tokens between two checkpoints
+constexpr int CHUNKS = SPAN / TOKENS;        // that are prepared side by side
+constexpr int PARTS = WARPS / CHUNKS;        // warps that prepare one
+constexpr int BLOCKS = {{blocks}};           // that share a multiprocessor
+using Partials = rwkv_jit::Partials<PARTS>;
 constexpr int SHARED_BYTES = {{shared_bytes}};
 static_assert(std::is_same_v<rwkv_jit::{{dtype}}, bf16>);
-static_assert(L == TOKENS && SPAN == CHUNKS * L);
+static_assert(L == TOKENS && SPAN == CHUNKS * L && WARPS == CHUNKS * PARTS);
+static_assert(WARPS >= STATE_WARPS);
 
 // A warp's sixteen rows of the state, [value, key].
 using State = Accumulator[STEPS][2];

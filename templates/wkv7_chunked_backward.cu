@@ -1,10 +1,12 @@
 // wkv7 backward on tensor cores: one block per sequence and head, spans of CHUNKS chunks of 16
-// tokens from the last to the first. In a span: its warps prepare the chunks as in the forward; all
-// warps take the state from the span's checkpoint through the chunks (each with 16 rows), keeping
-// the state before each; then, chunk by chunk from the last, they take D = dL/dS back through it
+// tokens from the last to the first. In a span: its warps prepare the chunks as in the forward;
+// STATE_WARPS of them, each with 16 rows, take the state from the span's checkpoint through the
+// chunks, keeping the state before each; then, from the last chunk to the first, they take
+// D = dL/dS back through BATCH chunks
 //   E = D B^^T   dV = K'' D^T + M^T dY   dX = T^T (A_qb^T dY + E^T)
 //   D <- D diag(P_L) + E W + dY^T R'
-// and work out the gradients (each with 16 channels; names as in wkv7_chunk.cuh):
+// and all warps work out those chunks' gradients (each 16 channels of one; names as in
+// wkv7_chunk.cuh):
 //   U = W S^T + G V   dA_ab = tril(dX U^T, -1)  dA_ak = tril(dX V^T, -1)  dA_qb = tril(dY U^T)
 //   dA_qk = tril(dY V^T)   dr = P (dY S) + p (dA_qb b~ + dA_qk k~), and so on,
 // where p and ~ are the triangles' factors. The gradient of log d at a token sums what crosses it.
@@ -18,11 +20,44 @@
 #include "rwkv_jit/cuda/element.cuh"
 #include "rwkv_jit/cuda/wkv7_chunk_gradient.cuh"
 //% include "chunked_types.h"
-//% include "chunked_backward_shared.h"
 
 namespace {
 
 using namespace rwkv_jit;
+
+constexpr int BATCH = {{batch}};
+static_assert(CHUNKS % BATCH == 0);
+
+using StateRows = bf16[N][ROW];  // a state, rounded, [value, key]
+
+// What the scans leave of a chunk for its gradients.
+struct Scanned {
+  StateRows d;         // D after the chunk
+  bf16 u[N][PADDED];   // U, [value, token]
+  bf16 dx[N][PADDED];  // dX
+};
+
+struct Work {
+  StateRows state[CHUNKS];  // before each chunk
+  Scanned scanned[BATCH];
+};
+
+struct Shared {
+  Chunk chunks[CHUNKS];
+  bf16 v[SPAN][ROW], dy[SPAN][ROW];
+  Raw raw[CHUNKS];
+  union {
+    Partials partials[CHUNKS];  // until the chunks are prepared
+    Work work;
+  };
+};
+
+// The triangles' gradients take the place of K'', which then is done with.
+__device__ __forceinline__ bf16* triangle_of(Chunk& chunk, int which) {
+  return &chunk.k[0][0] + which * TOKENS * PADDED;
+}
+static_assert(sizeof(Chunk::k) + sizeof(Chunk::b) >= TRIANGLES * TOKENS * PADDED * 2,
+              "they fit over K'' and B^");
 
 __device__ __forceinline__ void load_checkpoint(float* checkpoint, State& state) {
   const float4* from = checkpoint_place(checkpoint);
@@ -57,27 +92,28 @@ __device__ __forceinline__ void scan_forward(Shared& shared, int at, State& stat
 }
 
 // U of this warp's values, from the state before the chunk.
-__device__ __forceinline__ void store_u(Shared& shared, int at) {
+__device__ __forceinline__ void store_u(Shared& shared, int at, Scanned& to) {
   const Chunk& chunk = shared.chunks[at];
   Accumulator u[2] = {};
   OperandA left;
   OperandB right;
 #pragma unroll
   for (int step = 0; step < STEPS; ++step) {
-    load<ROW>(&shared.state_before(at)[own_value()][16 * step], left);
+    load<ROW>(&shared.work.state[at][own_value()][16 * step], left);
     load_transposed<ROW>(&chunk.w[0][16 * step], right);
     add_product(u, left, right);
   }
   load_transposed<ROW>(&shared.v[at * TOKENS][own_value()], left);
   load<TOKENS>(chunk.solved[TOKENS], right);
   add_product(u, left, right);
-  store_tile<PADDED>(u[0], &shared.work.u[own_value()][0]);
-  store_tile<PADDED>(u[1], &shared.work.u[own_value()][8]);
+  store_tile<PADDED>(u[0], &to.u[own_value()][0]);
+  store_tile<PADDED>(u[1], &to.u[own_value()][8]);
 }
 
 // D back through one chunk: dV, and for the gradients D after the chunk and dX.
 __device__ __forceinline__ void scan_backward(const Arguments& args, const Tokens& tokens,
-                                              int first, Shared& shared, int at, State& d) {
+                                              int first, Shared& shared, int at, Scanned& to,
+                                              State& d) {
   const Chunk& chunk = shared.chunks[at];
   Accumulator e[2] = {}, dv[2] = {}, dx[2] = {};
   OperandA dy;
@@ -86,7 +122,7 @@ __device__ __forceinline__ void scan_backward(const Arguments& args, const Token
 #pragma unroll
   for (int step = 0; step < STEPS; ++step) {
     const OperandA rows = to_operand(d[step][0], d[step][1]);
-    store_rows(rows, &shared.work.d[own_value()][16 * step]);
+    store_rows(rows, &to.d[own_value()][16 * step]);
     load_transposed<ROW>(&chunk.b[0][16 * step], right);
     add_product(e, rows, right);
     load_transposed<ROW>(&chunk.k[0][16 * step], right);
@@ -100,26 +136,25 @@ __device__ __forceinline__ void scan_backward(const Arguments& args, const Token
   add_product(e, dy, right);  // dU
   load_transposed<TOKENS>(chunk.solved[0], right);
   add_product(dx, to_operand(e[0], e[1]), right);
-  store_tile<PADDED>(dx[0], &shared.work.dx[own_value()][0]);
-  store_tile<PADDED>(dx[1], &shared.work.dx[own_value()][8]);
+  store_tile<PADDED>(dx[0], &to.dx[own_value()][0]);
+  store_tile<PADDED>(dx[1], &to.dx[own_value()][8]);
 }
 
-// The gradients of the triangles, each by a warp.
-__device__ __forceinline__ void triangle_gradient(Shared& shared, int at) {
-  const int which = threadIdx.x / 32;
-  if (which >= TRIANGLES) return;
+// The gradient of one of a chunk's triangles, by this warp.
+__device__ __forceinline__ void triangle_gradient(Shared& shared, int at, int which) {
+  const Scanned& scanned = shared.work.scanned[at % BATCH];
   Accumulator sum[2] = {};
 #pragma unroll
   for (int step = 0; step < STEPS; ++step) {
     OperandA left;
     OperandB right;
     if (which == AB || which == AK) {
-      load_transposed<PADDED>(&shared.work.dx[16 * step][0], left);
+      load_transposed<PADDED>(&scanned.dx[16 * step][0], left);
     } else {
       load<ROW>(&shared.dy[at * TOKENS][16 * step], left);
     }
     if (which == AB || which == QB) {
-      load<PADDED>(&shared.work.u[16 * step][0], right);
+      load<PADDED>(&scanned.u[16 * step][0], right);
     } else {
       load_transposed<ROW>(&shared.v[at * TOKENS][16 * step], right);
     }
@@ -144,11 +179,13 @@ __device__ __forceinline__ void diagonal(const Accumulator (&matrix)[2], float (
       to[tile][odd] = __shfl_sync(0xffffffffu, matrix[tile][2 * tile + odd], (2 * q + odd) * 4 + q);
 }
 
-// Gradients of r, w, k, a and b for this warp's sixteen channels of a chunk.
+// Gradients of r, w, k, a and b for sixteen channels of a chunk, by this warp.
 __device__ __forceinline__ void channel_gradients(const Arguments& args, const Tokens& tokens,
-                                                  int first, Shared& shared, int at,
-                                                  const Loaded& loaded) {
-  const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4, key = own_value();
+                                                  int first, Shared& shared, int at, int key) {
+  const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+  const Scanned& scanned = shared.work.scanned[at % BATCH];
+  Loaded loaded;
+  loaded.load_from(shared.raw[at], key);
   const bool valid[2] = {first + g < tokens.count, first + g + 8 < tokens.count};
   const int64_t place = tokens.at(first + g) + key + 2 * q;
   const int stride = tokens.stride;
@@ -226,10 +263,10 @@ __device__ __forceinline__ void channel_gradients(const Arguments& args, const T
     for (int step = 0; step < STEPS; ++step) {
       OperandA left;
       OperandB right;
-      load<ROW>(&shared.state_before(at)[16 * step][key], right);
+      load<ROW>(&shared.work.state[at][16 * step][key], right);
       load<ROW>(&shared.dy[at * TOKENS][16 * step], left);
       add_product(dr_state, left, right);
-      load_transposed<PADDED>(&shared.work.dx[16 * step][0], left);
+      load_transposed<PADDED>(&scanned.dx[16 * step][0], left);
       add_product(da_state, left, right);
     }
     exp2_of_sums(sums.sum_up_to(), decays.log_d, factors);
@@ -250,12 +287,12 @@ __device__ __forceinline__ void channel_gradients(const Arguments& args, const T
     for (int step = 0; step < STEPS; ++step) {
       OperandA left;
       OperandB right;
-      load<ROW>(&shared.work.d[16 * step][key], right);
+      load<ROW>(&scanned.d[16 * step][key], right);
       load<ROW>(&shared.v[at * TOKENS][16 * step], left);
       add_product(dk_state, left, right);
-      load_transposed<PADDED>(&shared.work.u[16 * step][0], left);
+      load_transposed<PADDED>(&scanned.u[16 * step][0], left);
       add_product(db_state, left, right);
-      load_transposed<ROW>(&shared.state_before(at)[16 * step][key], left);
+      load_transposed<ROW>(&shared.work.state[at][16 * step][key], left);
       add_product(overlap, left, right);
     }
     exp2_of_sums(sums.sum_after(), decays.log_d, factors);
@@ -286,28 +323,7 @@ __device__ __forceinline__ void channel_gradients(const Arguments& args, const T
   }
 }
 
-// Asks the second-level cache for a state, and for the tensors of the span that it precedes.
-__device__ __forceinline__ void prefetch_span(const Arguments& args, const Tokens& tokens,
-                                              int first, const float* checkpoint) {
-  for (int at = threadIdx.x * 32; at < N * N; at += THREADS * 32) prefetch(checkpoint + at);
-  if constexpr (TIGHT) {
-    const int64_t row = tokens.at(first + threadIdx.x % SPAN);
-    if (threadIdx.x < SPAN) {
-      for (const void* tensor : {args.r, args.k, args.a, args.b})
-        prefetch(static_cast<const bf16*>(tensor) + row);
-    } else {
-      for (const void* tensor : {args.v, args.dy}) prefetch(static_cast<const bf16*>(tensor) + row);
-      if (args.w_dtype == FP32) {
-        prefetch(static_cast<const float*>(args.w) + row);
-        prefetch(static_cast<const float*>(args.w) + row + N / 2);
-      } else {
-        prefetch(static_cast<const bf16*>(args.w) + row);
-      }
-    }
-  }
-}
-
-// Asks for the tensors of `count` chunks, the first of which is chunk `at` of the span at `first`.
+// Asks for the tensors of COUNT chunks, the first of which is chunk `at` of the span at `first`.
 template <int COUNT>
 __device__ __forceinline__ void fetch_chunks(const Arguments& args, const Tokens& tokens, int first,
                                              Shared& shared, int at) {
@@ -323,72 +339,61 @@ __device__ __forceinline__ void fetch_chunks(const Arguments& args, const Tokens
   copies_asked();
 }
 
-__global__ void __launch_bounds__(THREADS, TIGHT ? 2 : 1) backward_kernel(const Arguments args) {
+__global__ void __launch_bounds__(THREADS, BLOCKS) backward_kernel(const Arguments args) {
   extern __shared__ __align__(16) char shared_bytes[];
   Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
-  const int64_t head = blockIdx.x % args.H;  // blocks are s * H + head
+  const int warp = threadIdx.x / 32, own = warp / PARTS;  // the chunk that this warp prepares
+  const int64_t head = blockIdx.x % args.H;               // blocks are s * H + head
   const Sequence sequence = find_sequence(args, blockIdx.x / args.H, SPAN);
   const Tokens tokens = tokens_of(args, sequence, head);
   const int spans = (tokens.count + SPAN - 1) / SPAN;
   const int first_checkpoint = static_cast<int>(sequence.first_checkpoint * args.H + head);
 
   State d;
-  load_state(args.dfinal_state, blockIdx.x, d);
-  if constexpr (!TIGHT) fetch_chunks<CHUNKS>(args, tokens, (spans - 1) * SPAN, shared, 0);
+  if (warp < STATE_WARPS) load_state(args.dfinal_state, blockIdx.x, d);
+  if (spans > 0) fetch_chunks<CHUNKS>(args, tokens, (spans - 1) * SPAN, shared, 0);
   for (int first = (spans - 1) * SPAN; first >= 0; first -= SPAN) {
     float* const checkpoint =
         static_cast<float*>(args.checkpoints) + (first_checkpoint + first / SPAN * args.H) * N * N;
     const int chunks = min(CHUNKS, (tokens.count - first + TOKENS - 1) / TOKENS);
-    if constexpr (TIGHT) fetch_chunks<CHUNKS>(args, tokens, first, shared, 0);
     copies_done_but_last();
     __syncthreads();  // the tensors that the chunks are made of are there
-    State state;
-    const int own = threadIdx.x / 32 / PARTS;  // the chunk that this warp prepares
-    prepare<DECAY>(args, tokens, first + own * TOKENS, shared.raw[own], shared.chunks[own],
-                   shared.partials[own], [&] {
-                     if constexpr (TIGHT) load_checkpoint(checkpoint, state);
-                   });
-    if (first > 0) prefetch_span(args, tokens, first - SPAN, checkpoint - args.H * N * N);
-    if constexpr (!TIGHT) load_checkpoint(checkpoint, state);
+    for (int at = threadIdx.x * 32; at < N * N; at += THREADS * 32) prefetch(checkpoint + at);
+    prepare<DECAY, PARTS>(args, tokens, first + own * TOKENS, shared.raw[own], shared.chunks[own],
+                          shared.partials[own]);
     copies_done();
     __syncthreads();  // the chunks, v and dy are there
-    Loaded loaded;
-    if constexpr (TIGHT) {
-      loaded.load_from(shared.raw[chunks - 1], own_value());
-      __syncthreads();  // nobody needs the raw tensors
-    }
-    if (!TIGHT || chunks < CHUNKS) store_state_rows(state, shared.state_before(0));
-    for (int at = 0; at + 1 < chunks; ++at) {
-      scan_forward(shared, at, state);
-      store_state_rows(state, shared.state_before(at + 1));
-    }
-    if constexpr (!TIGHT)
-      for (int at = chunks; at < CHUNKS && first > 0; ++at)
-        fetch_chunks<1>(args, tokens, first - SPAN, shared, at);
-    for (int at = chunks - 1; at >= 0; --at) {
-      const bool last_is_done = TIGHT && at == 1 && chunks == CHUNKS;
-      __syncwarp();  // the warp's rows of the state before the chunk are there
-      store_u(shared, at);
-      if (last_is_done) load_checkpoint(checkpoint, state);
-      scan_backward(args, tokens, first + at * TOKENS, shared, at, d);
-      if (last_is_done) store_state_rows(state, shared.state_before(0));
-      __syncthreads();  // D, U and dX of all rows are there
-      triangle_gradient(shared, at);
-      if constexpr (TIGHT) copies_done();
-      __syncthreads();
-      if (!TIGHT || at + 1 < chunks) loaded.load_from(shared.raw_of(at), own_value());
-      channel_gradients(args, tokens, first + at * TOKENS, shared, at, loaded);
-      __syncthreads();  // their readers are done
-      if constexpr (TIGHT) {
-        if (at > 0)
-          fetch<THREADS>(args, tokens, first + (at - 1) * TOKENS, threadIdx.x,
-                         shared.raw_of(at - 1));
-      } else if (first > 0) {
-        fetch_chunks<1>(args, tokens, first - SPAN, shared, at);
+    if (warp < STATE_WARPS) {
+      State state;
+      load_checkpoint(checkpoint, state);
+      store_state_rows(state, shared.work.state[0]);
+      for (int at = 0; at + 1 < chunks; ++at) {
+        scan_forward(shared, at, state);
+        store_state_rows(state, shared.work.state[at + 1]);
       }
+      __syncwarp();  // the warp's rows of the states are there
+    }
+    for (int batch = CHUNKS - BATCH; batch >= 0; batch -= BATCH) {
+      const int end = min(chunks, batch + BATCH);
+      if (warp < STATE_WARPS)
+        for (int at = end - 1; at >= batch; --at) {
+          Scanned& scanned = shared.work.scanned[at % BATCH];
+          store_u(shared, at, scanned);
+          scan_backward(args, tokens, first + at * TOKENS, shared, at, scanned, d);
+        }
+      __syncthreads();  // D, U and dX of all rows are there
+      for (int task = warp; task < (end - batch) * TRIANGLES; task += WARPS)
+        triangle_gradient(shared, batch + task / TRIANGLES, task % TRIANGLES);
+      __syncthreads();
+      for (int task = warp; task < (end - batch) * STEPS; task += WARPS) {
+        const int at = batch + task / STEPS;
+        channel_gradients(args, tokens, first + at * TOKENS, shared, at, task % STEPS * 16);
+      }
+      __syncthreads();  // their readers are done
+      if (first > 0) fetch_chunks<BATCH>(args, tokens, first - SPAN, shared, batch);
     }
   }
-  store_state(d, args.dinitial_state, blockIdx.x);
+  if (warp < STATE_WARPS) store_state(d, args.dinitial_state, blockIdx.x);
 }
 
 }  // namespace

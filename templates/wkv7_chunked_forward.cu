@@ -15,6 +15,8 @@ namespace {
 
 using namespace rwkv_jit;
 
+static_assert(WARPS == STATE_WARPS);
+
 struct Shared {
   Chunk chunks[CHUNKS];
   Raw raw[CHUNKS];
@@ -55,7 +57,7 @@ __device__ __forceinline__ void store_checkpoint(const State& state, int64_t str
   to += stride;
 }
 
-__global__ void __launch_bounds__(THREADS, N == 64 ? 2 : 1) forward_kernel(const Arguments args) {
+__global__ void __launch_bounds__(THREADS, BLOCKS) forward_kernel(const Arguments args) {
   extern __shared__ __align__(16) char shared_bytes[];
   Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
   const int own = threadIdx.x / 32 / PARTS;  // the chunk that this warp prepares
@@ -77,8 +79,8 @@ __global__ void __launch_bounds__(THREADS, N == 64 ? 2 : 1) forward_kernel(const
     copies_done();
     __syncthreads();  // and the last span's readers are done
     fetch_rows<SPAN, THREADS>(args.v, tokens, first, threadIdx.x, shared.v);
-    prepare<DECAY>(args, tokens, first + own * TOKENS, shared.raw[own], shared.chunks[own],
-                   shared.partials[own], [] {});
+    prepare<DECAY, PARTS>(args, tokens, first + own * TOKENS, shared.raw[own], shared.chunks[own],
+                          shared.partials[own]);
     copies_done();
     __syncthreads();
     fetch<PARTS * 32>(args, tokens, first + SPAN + own * TOKENS, thread, shared.raw[own]);

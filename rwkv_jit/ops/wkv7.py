@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from ..config import OpConfig
 from ..spec import EntrySpec, KernelVariant, OpSpec, TensorSpec
@@ -81,32 +82,60 @@ _DSTATE = TensorSpec(
 )
 
 
-# On tensor cores. Checkpoints stand before each span of chunks that a block prepares together.
-_SPANS = {64: 64, 128: 32}
-_CHUNKED_BYTES = {
-    ("forward", 64): 105_536,
-    ("backward", 64): 114_688,
-    ("forward", 128): 126_976,
-    ("backward", 128): 219_648,
-}
+# On tensor cores: how much a block works on at once, by what shared memory allows. Checkpoints stand
+# before each span, whose chunks a block's warps prepare side by side; `batch` is the chunks whose
+# gradients they then work out side by side; `blocks` share a multiprocessor.
+@dataclass(frozen=True, slots=True)
+class _Chunked:
+    head_size: int
+    span: int
+    forward: Mapping[str, int]
+    backward: Mapping[str, int]
+
+    def variants(self) -> tuple[KernelVariant, KernelVariant]:
+        return self._variant("forward", self.forward), self._variant("backward", self.backward)
+
+    def _variant(self, entry: str, constants: Mapping[str, int]) -> KernelVariant:
+        return KernelVariant(
+            entry=entry,
+            template=f"wkv7_chunked_{entry}.cu",
+            min_arch=80,
+            head_sizes=(self.head_size,),
+            dtypes=("bf16",),
+            chunk_lengths=(16,),
+            constants=lambda _config: {"checkpoint_tokens": self.span, **constants},
+            # One limit for both: the entries share their checkpoints.
+            shared_bytes=max(self.forward["shared_bytes"], self.backward["shared_bytes"]),
+            checkpoint_tokens=self.span,
+        )
 
 
-def _chunked(entry: str, head_size: int) -> KernelVariant:
-    return KernelVariant(
-        entry=entry,
-        template=f"wkv7_chunked_{entry}.cu",
-        min_arch=80,
-        head_sizes=(head_size,),
-        dtypes=("bf16",),
-        chunk_lengths=(16,),
-        constants=lambda _config: {
-            "checkpoint_tokens": _SPANS[head_size],
-            "shared_bytes": _CHUNKED_BYTES[entry, head_size],
-        },
-        # One limit for both: the entries share their checkpoints.
-        shared_bytes=max(_CHUNKED_BYTES[name, head_size] for name in ("forward", "backward")),
-        checkpoint_tokens=_SPANS[head_size],
-    )
+_CHUNKED = (
+    _Chunked(
+        64,
+        64,
+        {"warps": 4, "blocks": 2, "shared_bytes": 105_536},
+        {"warps": 8, "blocks": 1, "batch": 2, "shared_bytes": 182_272},
+    ),
+    _Chunked(
+        64,
+        64,
+        {"warps": 4, "blocks": 1, "shared_bytes": 105_536},
+        {"warps": 8, "blocks": 1, "batch": 1, "shared_bytes": 166_912},
+    ),
+    _Chunked(
+        64,
+        32,
+        {"warps": 4, "blocks": 1, "shared_bytes": 69_120},
+        {"warps": 4, "blocks": 1, "batch": 1, "shared_bytes": 91_136},
+    ),
+    _Chunked(
+        128,
+        32,
+        {"warps": 8, "blocks": 1, "shared_bytes": 126_976},
+        {"warps": 8, "blocks": 1, "batch": 1, "shared_bytes": 219_648},
+    ),
+)
 
 
 def _variants() -> tuple[KernelVariant, ...]:
@@ -144,7 +173,7 @@ def _variants() -> tuple[KernelVariant, ...]:
         )
         for head_sizes, scratch in (((16, 32, 64), ()), ((128, 256), (_DSTATE,)))
     ]
-    chunked = [_chunked(entry, size) for size in _SPANS for entry in ("forward", "backward")]
+    chunked = [variant for setting in _CHUNKED for variant in setting.variants()]
     return (*cpu, *chunked, forward, *backward)
 
 

@@ -133,17 +133,15 @@ __device__ __forceinline__ void widen(const OperandA& rows, Accumulator (&to)[2]
   }
 }
 
-// A chunk is prepared by PARTS warps, each with as many of its channels.
-constexpr int PARTS = CHANNELS / 64 * (CHANNELS / 64);
-constexpr int PART_STEPS = CHANNELS / 16 / PARTS;
-static_assert(PARTS == 1 || PARTS == 4, "one warp, or one for each triangle");
-
 enum Triangle { AB, AK, QB, QK, TRIANGLES };
 
-// What each warp adds to the triangles, as its lanes hold it.
+// A chunk is prepared by PARTS warps, each with as many of its channels. What each adds to the
+// triangles, as its lanes hold it:
+template <int PARTS>
 using Partials = float4[PARTS][PARTS == 1 ? 1 : TRIANGLES * 2 * 32];
 
 // Waits for the warps that prepare the same chunk.
+template <int PARTS>
 __device__ __forceinline__ void sync_chunk() {
   if constexpr (PARTS == 1) {
     __syncwarp();
@@ -153,24 +151,26 @@ __device__ __forceinline__ void sync_chunk() {
   }
 }
 
-// Adds up what the warps have of the triangles; each warp gets one of them whole, in `sums[0]`, or
-// all four.
-__device__ __forceinline__ void add_parts(Accumulator (&sums)[TRIANGLES][2], Partials& partials) {
+// Adds up what the warps have of the triangles. Of each OWN = 4 / PARTS a warp gets the whole.
+template <int PARTS>
+__device__ __forceinline__ void add_parts(Accumulator (&sums)[TRIANGLES][2],
+                                          Partials<PARTS>& partials) {
   if constexpr (PARTS > 1) {
+    constexpr int OWN = TRIANGLES / PARTS;
     const int lane = threadIdx.x % 32, part = threadIdx.x / 32 % PARTS;
 #pragma unroll
     for (int at = 0; at < TRIANGLES * 2; ++at) {
       const Accumulator& four = sums[at / 2][at % 2];
       partials[part][at * 32 + lane] = make_float4(four[0], four[1], four[2], four[3]);
     }
-    sync_chunk();
+    sync_chunk<PARTS>();
 #pragma unroll
-    for (int tile = 0; tile < 2; ++tile) {
-      Accumulator& sum = sums[0][tile];
+    for (int at = 0; at < OWN * 2; ++at) {
+      Accumulator& sum = sums[at / 2][at % 2];
       sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
 #pragma unroll
       for (int from = 0; from < PARTS; ++from) {
-        const float4 four = partials[from][(part * 2 + tile) * 32 + lane];
+        const float4 four = partials[from][(part * OWN * 2 + at) * 32 + lane];
         sum[0] += four.x, sum[1] += four.y, sum[2] += four.z, sum[3] += four.w;
       }
     }
@@ -178,15 +178,14 @@ __device__ __forceinline__ void add_parts(Accumulator (&sums)[TRIANGLES][2], Par
 }
 
 // Prepares the chunk whose tokens are first .. first + 15, by PARTS warps. Those that are not there
-// leave the state as it is. `ask` asks for memory that is needed next; it is called where registers
-// have become free.
-template <DecayKind KIND, typename Args, typename Ask>
+// leave the state as it is.
+template <DecayKind KIND, int PARTS, typename Args>
 __device__ __forceinline__ void prepare(const Args& args, const Tokens& tokens, int first,
-                                        const Raw& raw, Chunk& chunk, Partials& partials,
-                                        const Ask& ask) {
+                                        const Raw& raw, Chunk& chunk, Partials<PARTS>& partials) {
   const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+  constexpr int PART_STEPS = CHANNELS / 16 / PARTS, OWN = TRIANGLES / PARTS;
   const int part = threadIdx.x / 32 % PARTS, first_channel = part * PART_STEPS * 16;
-  const auto has = [part](Triangle which) { return PARTS == 1 || part == which; };
+  const auto has = [part](Triangle which) { return part == which / OWN; };
   const TokenSums sums;
   Accumulator triangles[TRIANGLES][2] = {};
 
@@ -241,9 +240,9 @@ __device__ __forceinline__ void prepare(const Args& args, const Tokens& tokens, 
     add_product(triangles[QB], r, b);
     add_product(triangles[QK], r, k);
   }
-  add_parts(triangles, partials);
+  add_parts<PARTS>(triangles, partials);
   const auto triangle = [&triangles](Triangle which) -> Accumulator(&)[2] {
-    return triangles[PARTS == 1 ? which : 0];
+    return triangles[which % OWN];
   };
   if (has(AB)) {
     lower_triangle<true>(triangle(AB));
@@ -258,9 +257,9 @@ __device__ __forceinline__ void prepare(const Args& args, const Tokens& tokens, 
     store_tile<PADDED>(triangle(QB)[0], &chunk.qb[0][0]);
     store_tile<PADDED>(triangle(QB)[1], &chunk.qb[0][8]);
   }
-  sync_chunk();
+  sync_chunk<PARTS>();
   if (part == 0) solve(chunk);
-  if constexpr (PARTS > 1) sync_chunk();
+  if constexpr (PARTS > 1) sync_chunk<PARTS>();
 
   OperandA inverse, g_transposed, qb;
   load_transposed<TOKENS>(chunk.solved[0], inverse);
@@ -287,7 +286,6 @@ __device__ __forceinline__ void prepare(const Args& args, const Tokens& tokens, 
   for (int step = 0; step < PART_STEPS; ++step)
     store_rows(to_operand(w[step][0], w[step][1]), &chunk.w[0][first_channel + 16 * step]);
   __syncwarp();
-  ask();
 #pragma unroll
   for (int step = 0; step < PART_STEPS; ++step) {
     const int channel = first_channel + 16 * step;
