@@ -67,8 +67,10 @@ __device__ __forceinline__ Tokens tokens_of(const Arguments& args,
 }
 
 // Checkpoints lie as the lanes hold them: [warp, step, tile, lane, 4].
-__device__ __forceinline__ float4* checkpoint_place(void* checkpoint) {
-  return static_cast<float4*>(checkpoint) + threadIdx.x / 32 * STEPS * 2 * 32 + threadIdx.x % 32;
+template <typename Float>
+__device__ __forceinline__ auto checkpoint_place(Float* checkpoint) {
+  using Four = std::conditional_t<std::is_const_v<Float>, const float4, float4>;
+  return reinterpret_cast<Four*>(checkpoint) + threadIdx.x / 32 * STEPS * 2 * 32 + threadIdx.x % 32;
 }
 
 // state <- state diag(P_L) + left_a right_a + left_b right_b.

@@ -1,8 +1,7 @@
 // wkv7 backward on tensor cores: one block per sequence and head, spans of CHUNKS chunks of 16
-// tokens from the last to the first. In a span: its warps prepare the chunks as in the forward;
-// STATE_WARPS of them, each with 16 rows, take the state from the span's checkpoint through the
-// chunks, keeping the state before each; then, from the last chunk to the first, they take
-// D = dL/dS back through BATCH chunks
+// tokens from the last to the first. In a span: its warps prepare the chunks as in the forward; then
+// the first STATE_WARPS of them, each with 16 rows, take the state from the span's checkpoint
+// through the chunks, keeping the state before each, and D = dL/dS back through them, chunk by chunk
 //   E = D B^^T   dV = K'' D^T + M^T dY   dX = T^T (A_qb^T dY + E^T)
 //   D <- D diag(P_L) + E W + dY^T R'
 // and all warps work out those chunks' gradients (each 16 channels of one; names as in
@@ -25,9 +24,6 @@ namespace {
 
 using namespace rwkv_jit;
 
-constexpr int BATCH = {{batch}};
-static_assert(CHUNKS % BATCH == 0);
-
 using StateRows = bf16[N][ROW];  // a state, rounded, [value, key]
 
 // What the scans leave of a chunk for its gradients.
@@ -37,9 +33,18 @@ struct Scanned {
   bf16 dx[N][PADDED];  // dX
 };
 
+// With twice the warps that the state needs the second half works out gradients as soon as a chunk
+// is scanned, and the first half those of chunk HELPED when it has scanned them all.
+constexpr int GROUPS = WARPS / STATE_WARPS;
+static_assert(WARPS == GROUPS * STATE_WARPS && GROUPS <= 2);
+constexpr int HELPED = 1, SCANNED = GROUPS == 1 ? 1 : CHUNKS;
+// Numbered barriers, after those of the chunks: of a group, and that a chunk is scanned.
+constexpr int GROUP_BARRIER = 1 + CHUNKS, SCANNED_BARRIER = GROUP_BARRIER + GROUPS;
+static_assert(SCANNED_BARRIER + CHUNKS <= 16);
+
 struct Work {
   StateRows state[CHUNKS];  // before each chunk
-  Scanned scanned[BATCH];
+  Scanned scanned[SCANNED];
 };
 
 struct Shared {
@@ -59,7 +64,7 @@ __device__ __forceinline__ bf16* triangle_of(Chunk& chunk, int which) {
 static_assert(sizeof(Chunk::k) + sizeof(Chunk::b) >= TRIANGLES * TOKENS * PADDED * 2,
               "they fit over K'' and B^");
 
-__device__ __forceinline__ void load_checkpoint(float* checkpoint, State& state) {
+__device__ __forceinline__ void load_checkpoint(const float* checkpoint, State& state) {
   const float4* from = checkpoint_place(checkpoint);
 #pragma unroll
   for (int tile = 0; tile < 2 * STEPS; ++tile) {
@@ -110,10 +115,11 @@ __device__ __forceinline__ void store_u(Shared& shared, int at, Scanned& to) {
   store_tile<PADDED>(u[1], &to.u[own_value()][8]);
 }
 
-// D back through one chunk: dV, and for the gradients D after the chunk and dX.
+// D back through one chunk: dV, and for the gradients D after the chunk, U and dX.
 __device__ __forceinline__ void scan_backward(const Arguments& args, const Tokens& tokens,
-                                              int first, Shared& shared, int at, Scanned& to,
-                                              State& d) {
+                                              int first, Shared& shared, int at, State& d) {
+  Scanned& to = shared.work.scanned[at % SCANNED];
+  store_u(shared, at, to);
   const Chunk& chunk = shared.chunks[at];
   Accumulator e[2] = {}, dv[2] = {}, dx[2] = {};
   OperandA dy;
@@ -142,7 +148,7 @@ __device__ __forceinline__ void scan_backward(const Arguments& args, const Token
 
 // The gradient of one of a chunk's triangles, by this warp.
 __device__ __forceinline__ void triangle_gradient(Shared& shared, int at, int which) {
-  const Scanned& scanned = shared.work.scanned[at % BATCH];
+  const Scanned& scanned = shared.work.scanned[at % SCANNED];
   Accumulator sum[2] = {};
 #pragma unroll
   for (int step = 0; step < STEPS; ++step) {
@@ -183,7 +189,7 @@ __device__ __forceinline__ void diagonal(const Accumulator (&matrix)[2], float (
 __device__ __forceinline__ void channel_gradients(const Arguments& args, const Tokens& tokens,
                                                   int first, Shared& shared, int at, int key) {
   const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
-  const Scanned& scanned = shared.work.scanned[at % BATCH];
+  const Scanned& scanned = shared.work.scanned[at % SCANNED];
   Loaded loaded;
   loaded.load_from(shared.raw[at], key);
   const bool valid[2] = {first + g < tokens.count, first + g + 8 < tokens.count};
@@ -323,77 +329,116 @@ __device__ __forceinline__ void channel_gradients(const Arguments& args, const T
   }
 }
 
-// Asks for the tensors of COUNT chunks, the first of which is chunk `at` of the span at `first`.
-template <int COUNT>
-__device__ __forceinline__ void fetch_chunks(const Arguments& args, const Tokens& tokens, int first,
-                                             Shared& shared, int at) {
-  const int token = at * TOKENS;
-#pragma unroll
-  for (int chunk = 0; chunk < COUNT; ++chunk)
-    fetch<THREADS>(args, tokens, first + token + chunk * TOKENS, threadIdx.x,
-                   shared.raw[at + chunk]);
-  copies_asked();
-  fetch_rows<COUNT * TOKENS, THREADS>(args.v, tokens, first + token, threadIdx.x, &shared.v[token]);
-  fetch_rows<COUNT * TOKENS, THREADS>(args.dy, tokens, first + token, threadIdx.x,
-                                      &shared.dy[token]);
-  copies_asked();
+// Waits for the group of STATE_WARPS warps.
+__device__ __forceinline__ void sync_group() {
+  wait_at<STATE_WARPS * 32>(GROUP_BARRIER + threadIdx.x / 32 / STATE_WARPS);
+}
+
+// Asks the second-level cache for the checkpoint, and for the tensors of the span before it.
+__device__ __forceinline__ void prefetch_next(const Arguments& args, const Tokens& tokens,
+                                              int first, const float* checkpoint) {
+  for (int at = threadIdx.x * 32; at < N * N; at += THREADS * 32) prefetch(checkpoint + at);
+  if (first < 0) return;
+  constexpr int LINES = N / 64;  // of a row
+  for (int at = threadIdx.x; at < SPAN * LINES; at += THREADS) {
+    const int64_t line = tokens.at(first + at / LINES) + at % LINES * 64;
+    for (const void* tensor : {args.r, args.k, args.v, args.a, args.b, args.dy})
+      prefetch(static_cast<const bf16*>(tensor) + line);
+    if (args.w_dtype == FP32) {
+      prefetch(static_cast<const float*>(args.w) + line);
+      prefetch(static_cast<const float*>(args.w) + line + 32);
+    } else {
+      prefetch(static_cast<const bf16*>(args.w) + line);
+    }
+  }
+}
+
+// Asks a group for the tensors of chunk `at` of the span at `first`.
+__device__ __forceinline__ void fetch_chunk(const Arguments& args, const Tokens& tokens, int first,
+                                            Shared& shared, int at) {
+  constexpr int GROUP = STATE_WARPS * 32;
+  const int thread = threadIdx.x % GROUP, token = first + at * TOKENS;
+  fetch<GROUP>(args, tokens, token, thread, shared.raw[at]);
+  fetch_rows<TOKENS, GROUP>(args.v, tokens, token, thread, &shared.v[at * TOKENS]);
+  fetch_rows<TOKENS, GROUP>(args.dy, tokens, token, thread, &shared.dy[at * TOKENS]);
+}
+
+// The gradients of a scanned chunk, by a group; then its tensors of the span before are asked for.
+__device__ __forceinline__ void chunk_gradients(const Arguments& args, const Tokens& tokens,
+                                                int first, Shared& shared, int at) {
+  const int member = threadIdx.x / 32 % STATE_WARPS;
+  if (member < TRIANGLES) triangle_gradient(shared, at, member);
+  sync_group();
+  channel_gradients(args, tokens, first + at * TOKENS, shared, at, member * 16);
+  sync_group();  // its readers are done
+  if (first > 0) fetch_chunk(args, tokens, first - SPAN, shared, at);
+}
+
+// The state through a span's chunks.
+__device__ __forceinline__ void scan_span_forward(const float* checkpoint, Shared& shared,
+                                                  int chunks) {
+  State state;
+  load_checkpoint(checkpoint, state);
+  store_state_rows(state, shared.work.state[0]);
+  for (int at = 0; at + 1 < chunks; ++at) {
+    scan_forward(shared, at, state);
+    store_state_rows(state, shared.work.state[at + 1]);
+  }
+  __syncwarp();  // the warp's rows of the states are there
 }
 
 __global__ void __launch_bounds__(THREADS, BLOCKS) backward_kernel(const Arguments args) {
   extern __shared__ __align__(16) char shared_bytes[];
   Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
   const int warp = threadIdx.x / 32, own = warp / PARTS;  // the chunk that this warp prepares
-  const int64_t head = blockIdx.x % args.H;               // blocks are s * H + head
+  const int group = warp / STATE_WARPS;
+  const int64_t head = blockIdx.x % args.H;  // blocks are s * H + head
   const Sequence sequence = find_sequence(args, blockIdx.x / args.H, SPAN);
   const Tokens tokens = tokens_of(args, sequence, head);
   const int spans = (tokens.count + SPAN - 1) / SPAN;
   const int first_checkpoint = static_cast<int>(sequence.first_checkpoint * args.H + head);
 
   State d;
-  if (warp < STATE_WARPS) load_state(args.dfinal_state, blockIdx.x, d);
-  if (spans > 0) fetch_chunks<CHUNKS>(args, tokens, (spans - 1) * SPAN, shared, 0);
+  if (group == 0) load_state(args.dfinal_state, blockIdx.x, d);
+  for (int at = group; at < CHUNKS && spans > 0; at += GROUPS)
+    fetch_chunk(args, tokens, (spans - 1) * SPAN, shared, at);
   for (int first = (spans - 1) * SPAN; first >= 0; first -= SPAN) {
-    float* const checkpoint =
-        static_cast<float*>(args.checkpoints) + (first_checkpoint + first / SPAN * args.H) * N * N;
+    const float* const checkpoint = static_cast<const float*>(args.checkpoints) +
+                                    (first_checkpoint + first / SPAN * args.H) * N * N;
     const int chunks = min(CHUNKS, (tokens.count - first + TOKENS - 1) / TOKENS);
-    copies_done_but_last();
-    __syncthreads();  // the tensors that the chunks are made of are there
-    for (int at = threadIdx.x * 32; at < N * N; at += THREADS * 32) prefetch(checkpoint + at);
+    copies_done();
+    __syncthreads();  // the tensors are there
+    prefetch_next(args, tokens, first - SPAN, checkpoint);
     prepare<DECAY, PARTS>(args, tokens, first + own * TOKENS, shared.raw[own], shared.chunks[own],
                           shared.partials[own]);
-    copies_done();
-    __syncthreads();  // the chunks, v and dy are there
-    if (warp < STATE_WARPS) {
-      State state;
-      load_checkpoint(checkpoint, state);
-      store_state_rows(state, shared.work.state[0]);
-      for (int at = 0; at + 1 < chunks; ++at) {
-        scan_forward(shared, at, state);
-        store_state_rows(state, shared.work.state[at + 1]);
-      }
-      __syncwarp();  // the warp's rows of the states are there
-    }
-    for (int batch = CHUNKS - BATCH; batch >= 0; batch -= BATCH) {
-      const int end = min(chunks, batch + BATCH);
-      if (warp < STATE_WARPS)
-        for (int at = end - 1; at >= batch; --at) {
-          Scanned& scanned = shared.work.scanned[at % BATCH];
-          store_u(shared, at, scanned);
-          scan_backward(args, tokens, first + at * TOKENS, shared, at, scanned, d);
+    __syncthreads();  // the chunks are there
+    if (group == 0) {
+      scan_span_forward(checkpoint, shared, chunks);
+      for (int at = chunks - 1; at >= 0; --at) {
+        scan_backward(args, tokens, first + at * TOKENS, shared, at, d);
+        if constexpr (GROUPS == 1) {
+          sync_group();  // D, U and dX of all rows are there
+          chunk_gradients(args, tokens, first, shared, at);
+        } else if (at != HELPED) {
+          arrive_at<THREADS>(SCANNED_BARRIER + at);
         }
-      __syncthreads();  // D, U and dX of all rows are there
-      for (int task = warp; task < (end - batch) * TRIANGLES; task += WARPS)
-        triangle_gradient(shared, batch + task / TRIANGLES, task % TRIANGLES);
-      __syncthreads();
-      for (int task = warp; task < (end - batch) * STEPS; task += WARPS) {
-        const int at = batch + task / STEPS;
-        channel_gradients(args, tokens, first + at * TOKENS, shared, at, task % STEPS * 16);
       }
-      __syncthreads();  // their readers are done
-      if (first > 0) fetch_chunks<BATCH>(args, tokens, first - SPAN, shared, batch);
+      if (GROUPS > 1 && chunks > HELPED) {
+        sync_group();
+        chunk_gradients(args, tokens, first, shared, HELPED);
+      }
+    } else {
+      for (int at = chunks - 1; at >= 0; --at) {
+        if (at == HELPED) continue;
+        wait_at<THREADS>(SCANNED_BARRIER + at);
+        chunk_gradients(args, tokens, first, shared, at);
+      }
     }
+    // The last span may have fewer chunks than the one before it.
+    for (int at = chunks + group; at < CHUNKS && first > 0; at += GROUPS)
+      fetch_chunk(args, tokens, first - SPAN, shared, at);
   }
-  if (warp < STATE_WARPS) store_state(d, args.dinitial_state, blockIdx.x);
+  if (group == 0) store_state(d, args.dinitial_state, blockIdx.x);
 }
 
 }  // namespace

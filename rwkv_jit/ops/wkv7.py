@@ -83,8 +83,7 @@ _DSTATE = TensorSpec(
 
 
 # On tensor cores: how much a block works on at once, by what shared memory allows. Checkpoints stand
-# before each span, whose chunks a block's warps prepare side by side; `batch` is the chunks whose
-# gradients they then work out side by side; `blocks` share a multiprocessor.
+# before each span, whose chunks a block's warps prepare side by side; `blocks` share a multiprocessor.
 @dataclass(frozen=True, slots=True)
 class _Chunked:
     head_size: int
@@ -115,25 +114,25 @@ _CHUNKED = (
         64,
         64,
         {"warps": 4, "blocks": 2, "shared_bytes": 105_536},
-        {"warps": 8, "blocks": 1, "batch": 2, "shared_bytes": 182_272},
+        {"warps": 8, "blocks": 1, "shared_bytes": 212_992},
     ),
     _Chunked(
         64,
         64,
         {"warps": 4, "blocks": 1, "shared_bytes": 105_536},
-        {"warps": 8, "blocks": 1, "batch": 1, "shared_bytes": 166_912},
+        {"warps": 4, "blocks": 1, "shared_bytes": 166_912},
     ),
     _Chunked(
         64,
         32,
         {"warps": 4, "blocks": 1, "shared_bytes": 69_120},
-        {"warps": 4, "blocks": 1, "batch": 1, "shared_bytes": 91_136},
+        {"warps": 4, "blocks": 1, "shared_bytes": 91_136},
     ),
     _Chunked(
         128,
         32,
         {"warps": 8, "blocks": 1, "shared_bytes": 126_976},
-        {"warps": 8, "blocks": 1, "batch": 1, "shared_bytes": 219_648},
+        {"warps": 8, "blocks": 1, "shared_bytes": 219_648},
     ),
 )
 

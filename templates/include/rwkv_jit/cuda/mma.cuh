@@ -109,9 +109,17 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool vali
                "r"(valid ? 16 : 0));
 }
 __device__ __forceinline__ void copies_done() { asm volatile("cp.async.wait_all;"); }
-// In groups: what was asked for up to here is one; all but the last one are there.
-__device__ __forceinline__ void copies_asked() { asm volatile("cp.async.commit_group;"); }
-__device__ __forceinline__ void copies_done_but_last() { asm volatile("cp.async.wait_group 1;"); }
+
+// Waits at a numbered barrier for THREADS threads to come, or to have passed arrive_at.
+template <int THREADS>
+__device__ __forceinline__ void wait_at(int barrier) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(THREADS) : "memory");
+}
+template <int THREADS>
+__device__ __forceinline__ void arrive_at(int barrier) {
+  __threadfence_block();
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "n"(THREADS) : "memory");
+}
 
 // Asks for a line of 128 bytes that is read soon.
 __device__ __forceinline__ void prefetch(const void* from) {

@@ -146,8 +146,7 @@ __device__ __forceinline__ void sync_chunk() {
   if constexpr (PARTS == 1) {
     __syncwarp();
   } else {
-    asm volatile("bar.sync %0, %1;" ::"r"(1 + threadIdx.x / 32 / PARTS), "n"(PARTS * 32)
-                 : "memory");
+    wait_at<PARTS * 32>(1 + threadIdx.x / 32 / PARTS);
   }
 }
 

@@ -48,12 +48,12 @@ template <int COUNT, int THREADS>
 __device__ __forceinline__ void fetch_rows(const void* from, const Tokens& tokens, int first,
                                            int thread, bf16 (*to)[ROW]) {
   constexpr int PIECE = 8, PIECES = CHANNELS / PIECE, STEP = THREADS / PIECES;
-  const int token = first + thread / PIECES, column = thread % PIECES * PIECE;
-  const bf16* source = static_cast<const bf16*>(from) + tokens.at(token) + column;
+  const int row = thread / PIECES, column = thread % PIECES * PIECE;
+  if (STEP > COUNT && row >= COUNT) return;
+  const bf16* source = static_cast<const bf16*>(from) + tokens.at(first + row) + column;
 #pragma unroll
   for (int at = 0; at < COUNT; at += STEP)
-    copy_async(&to[thread / PIECES + at][column], source + at * tokens.stride,
-               token + at < tokens.count);
+    copy_async(&to[row + at][column], source + at * tokens.stride, first + row + at < tokens.count);
 }
 
 // Asks for a chunk's tensors.
