@@ -53,8 +53,9 @@ void advance_rows(const Arguments& args, int64_t next, Workspace& work, int firs
   Vector* state = reinterpret_cast<Vector*>(work.state + static_cast<int64_t>(first) * N);
   for (int t = 0; t < count; ++t) {
     prefetch_tokens<COUNT * WIDTH>(args, {args.r, args.k, args.v}, next + t * args.H, first);
-    const Real *r = reals(work.r[t]), *k = reals(work.k[t]);
-    const Real *keep = reals(work.keep[gate_at(t)]), *change = reals(work.change[gate_at(t)]);
+    const Real *r_row = reals(work.r[t]), *k_row = reals(work.k[t]);
+    const Real* keep_row = reals(work.keep[gate_at(t)]);
+    const Real* change_row = reals(work.change[gate_at(t)]);
     const Vector* v = reinterpret_cast<const Vector*>(work.v[t] + first);
     Vector value[COUNT], y[2][COUNT];
     for (int x = 0; x < COUNT; ++x) {
@@ -65,11 +66,12 @@ void advance_rows(const Arguments& args, int64_t next, Workspace& work, int firs
     for (int pair = 0; pair < N; pair += 2)
       for (int half = 0; half < 2; ++half) {
         const int j = pair + half;
+        const Vector keep = splat<Vector>(keep_row[j]), change = splat<Vector>(change_row[j]);
+        const Vector r = splat<Vector>(r_row[j]), k = splat<Vector>(k_row[j]);
         for (int x = 0; x < COUNT; ++x) {
           const Vector s = state[j * COUNT + x];
-          y[half][x] += s * splat<Vector>(r[j]);
-          state[j * COUNT + x] = (ALL_KEEP ? s : s * splat<Vector>(keep[j])) +
-                                 (s * splat<Vector>(change[j]) + value[x] * splat<Vector>(k[j]));
+          y[half][x] += s * r;
+          state[j * COUNT + x] = (ALL_KEEP ? s : s * keep) + (s * change + value[x] * k);
         }
       }
     Vector* out = reinterpret_cast<Vector*>(work.y[t] + first);
