@@ -1,7 +1,8 @@
-// The decay of wkv6, which every token has, and of wkv5, which is one for all of them.
+// The decay of a chunk's tokens on a CPU.
+//% include "wkv6_decay.h"
+
 namespace {
 
-constexpr bool DECAY_PER_TOKEN = {{decay_per_token}};
 constexpr int GATES = DECAY_PER_TOKEN ? L : 1;
 
 inline int gate_at(int t) { return DECAY_PER_TOKEN ? t : 0; }
@@ -13,7 +14,7 @@ inline void load_gates(const Arguments& args, int64_t first, int count, int64_t 
                        Workspace& work, const Use& use) {
   Vector least_keep = rwkv_jit::splat<Vector>(Real(1));
   for (int t = 0; t < (DECAY_PER_TOKEN ? count : 1); ++t) {
-    const int64_t row = DECAY_PER_TOKEN ? (first + t) * args.H + head : head;
+    const int64_t row = decay_row((first + t) * args.H + head, head);
     rwkv_jit::load_mixed_row<Element, N>(args.w, args.w_dtype, row, reals(work.w));
     for (int x = 0; x < VECTORS; ++x) {
       const Gate gate(work.w[x]);
