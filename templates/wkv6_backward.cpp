@@ -17,11 +17,15 @@
 #include "rwkv_jit/cpu/vector.h"
 #include "rwkv_jit/sum.h"
 //% include "cpu_types.h"
-//% include "wkv6_gate.h"
+//% include "wkv6_tokens.h"
 
 namespace {
 
 using namespace rwkv_jit;
+
+constexpr int GATES = DECAY_PER_TOKEN ? L : 1;
+
+inline int gate_at(int t) { return DECAY_PER_TOKEN ? t : 0; }
 
 constexpr int ROWS = 4;  // rows taken through a chunk together
 static_assert(N % ROWS == 0, "rows come in groups");
@@ -39,6 +43,24 @@ struct Workspace {
   bool all_keep;
 };
 
+// The decays of a chunk, and whether every keep is 1.
+void load_gates(const Arguments& args, int64_t first, int count, int64_t head, Workspace& work) {
+  Vector least_keep = splat<Vector>(Real(1));
+  for (int t = 0; t < (DECAY_PER_TOKEN ? count : 1); ++t) {
+    const int64_t row = decay_row((first + t) * args.H + head, head);
+    load_mixed_row<Element, N>(args.w, args.w_dtype, row, reals(work.w));
+    for (int x = 0; x < VECTORS; ++x) {
+      const Gate gate(work.w[x]);
+      work.keep[t][x] = gate.keep;
+      work.change[t][x] = gate.change;
+      least_keep = gate.keep < least_keep ? gate.keep : least_keep;
+      work.slope[t][x] = gate.slope;
+    }
+  }
+  work.all_keep = true;
+  for (int lane = 0; lane < WIDTH; ++lane) work.all_keep &= least_keep[lane] == 1;
+}
+
 void load_tokens(const Arguments& args, int64_t first, int count, int64_t head, Workspace& work) {
   for (int t = 0; t < count; ++t) {
     const int64_t row = (first + t) * args.H + head;
@@ -48,8 +70,7 @@ void load_tokens(const Arguments& args, int64_t first, int count, int64_t head, 
     load_row<Element, N>(args.dy, row, reals(work.dy[t]));
     for (int x = 0; x < VECTORS; ++x) work.dr[t][x] = work.dw[t][x] = work.dk[t][x] = Vector{};
   }
-  load_gates(args, first, count, head, work,
-             [&](int t, int x, const Gate& gate) { work.slope[t][x] = gate.slope; });
+  load_gates(args, first, count, head, work);
 }
 
 // Takes rows first .. first + ROWS through `count` tokens forward, then backward, and asks for its

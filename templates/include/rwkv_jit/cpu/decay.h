@@ -48,6 +48,9 @@ struct Decay {
   using Vector = typename VectorOf<Real, BYTES>::type;
   Vector keep, change, slope;
 
+  // From d and d - 1.
+  Decay(Vector d, Vector less_one) : slope{} { split(d, less_one); }
+
   explicit Decay(Vector w) {
     using Exp = Exponential<Real, BYTES>;
     const Vector one = Vector{} + 1;
@@ -68,6 +71,9 @@ struct Decay {
     split(d.value, d.less_one);
     slope = d.value * log_slope;
   }
+
+  Vector factor() const { return keep + change; }
+  Vector factor_less_one() const { return change + (keep - 1); }
 
  private:
   // Past the first e^x is 0 (in float64 the smallest normal number); past the second d is 0 in any
