@@ -39,7 +39,7 @@ struct Workspace {
   alignas(64) Row g[N];
   alignas(64) Row u, w;
   alignas(64) Row v[L], dy[L], dv[L];
-  alignas(64) LongSum<Vector> du_sum[VECTORS], dw_sum[VECTORS];
+  alignas(64) Row du_sum, du_rest, dw_sum, dw_rest;
   bool all_keep;
 };
 
@@ -129,11 +129,11 @@ void store_gradients(const Arguments& args, int64_t first, int count, int64_t he
       bonus += u * k * r;
       work.dr[t][x] += c * (u * k);
       work.dk[t][x] += c * (u * r);
-      work.du_sum[x].add(c * (r * k));
+      add_long(c * (r * k), work.du_sum[x], work.du_rest[x]);
       if (DECAY_PER_TOKEN) {
         work.dw[t][x] *= work.slope[gate_at(t)][x];
       } else {
-        work.dw_sum[x].add(work.dw[t][x]);
+        add_long(work.dw[t][x], work.dw_sum[x], work.dw_rest[x]);
       }
     }
     const Real scale = lane_sum<Real, WIDTH>(bonus);
@@ -155,19 +155,21 @@ namespace {
 // A head's parts of what is summed over all sequences.
 template <typename Args>
 void store_parts(const Args& args, int64_t s, int64_t head, Workspace& work) {
-  Row sum;
-  for (int x = 0; x < VECTORS; ++x) sum[x] = work.du_sum[x].sum;
-  store_row<Real, N>(reals(sum), args.du_parts, s * args.H + head);
+  store_row<Real, N>(reals(work.du_sum), args.du_parts, s * args.H + head);
   if constexpr (!DECAY_PER_TOKEN) {
     load_mixed_row<Element, N>(args.w, args.w_dtype, head, reals(work.w));
-    for (int x = 0; x < VECTORS; ++x) sum[x] = work.dw_sum[x].sum * Gate(work.w[x]).slope;
-    store_row<Real, N>(reals(sum), args.dw_parts, s * args.H + head);
+    for (int x = 0; x < VECTORS; ++x) {
+      const Gate gate(work.w[x]);
+      work.dw_sum[x] *= gate.slope;
+    }
+    store_row<Real, N>(reals(work.dw_sum), args.dw_parts, s * args.H + head);
   }
 }
 
 void run_head(const Arguments& args, int64_t s, int64_t head, Workspace& work) {
   load_mixed_row<Element, N>(args.u, args.u_dtype, head, reals(work.u));
-  for (int x = 0; x < VECTORS; ++x) work.du_sum[x] = work.dw_sum[x] = LongSum<Vector>();
+  for (Row* row : {&work.du_sum, &work.du_rest, &work.dw_sum, &work.dw_rest})
+    std::fill_n(*row, VECTORS, Vector{});
   run_backward(args, s, head, work);
   store_parts(args, s, head, work);
 }
@@ -175,14 +177,12 @@ void run_head(const Arguments& args, int64_t s, int64_t head, Workspace& work) {
 // Sums [S, H, N] over the sequences, in their order.
 void sum_sequences(const Arguments& args, const void* parts, void* to, int32_t dtype) {
   for (int64_t head = 0; head < args.H; ++head) {
-    LongSum<Vector> sums[VECTORS];
-    Row row;
+    Row row, sum = {}, rest = {};
     for (int64_t s = 0; s < args.S; ++s) {
       load_row<Real, N>(parts, s * args.H + head, reals(row));
-      for (int x = 0; x < VECTORS; ++x) sums[x].add(row[x]);
+      for (int x = 0; x < VECTORS; ++x) add_long(row[x], sum[x], rest[x]);
     }
-    for (int x = 0; x < VECTORS; ++x) row[x] = sums[x].sum;
-    store_mixed_row<Element, N>(reals(row), to, dtype, head);
+    store_mixed_row<Element, N>(reals(sum), to, dtype, head);
   }
 }
 

@@ -27,9 +27,9 @@ enum Gradient { DR, DW, DK, GRADIENTS };                        // those that ar
 
 struct Shared {
   float tokens[STEP][VECTORS][N];
-  float sums[WARPS][STEP][GRADIENTS][N];  // each warp's part
-  float c[WARPS][STEP];                   // and of c
-  LongSum<float> du[N], dw[N];  // over the tokens so far; dw where the decay is one for all
+  float sums[WARPS][STEP][GRADIENTS][N];       // each warp's part
+  float c[WARPS][STEP];                        // and of c
+  float du[N], du_rest[N], dw[N], dw_rest[N];  // over tokens; dw where the decay is one for all
 };
 
 // One value of each vector of a token.
@@ -83,8 +83,10 @@ __device__ __forceinline__ void store_gradients(const Arguments& args, int64_t f
   for (int j = threadIdx.x; j < N; j += THREADS)
     for (int t = STEP - 1; t >= 0; --t) {
       if (first + t >= end) continue;
-      shared.du[j].add(c_of(t) * shared.tokens[t][R][j] * shared.tokens[t][K][j]);
-      if constexpr (!DECAY_PER_TOKEN) shared.dw[j].add(over_warps(t, DW, j));
+      add_long(c_of(t) * shared.tokens[t][R][j] * shared.tokens[t][K][j], shared.du[j],
+               shared.du_rest[j]);
+      if constexpr (!DECAY_PER_TOKEN)
+        add_long(over_warps(t, DW, j), shared.dw[j], shared.dw_rest[j]);
     }
 }
 
@@ -166,10 +168,10 @@ __device__ __forceinline__ void store_parts(const Args& args, int64_t head_index
                                             const Shared& shared) {
   for (int j = threadIdx.x; j < N; j += THREADS) {
     const int64_t to = head_index * N + j;
-    static_cast<float*>(args.du_parts)[to] = shared.du[j].sum;
+    static_cast<float*>(args.du_parts)[to] = shared.du[j];
     if constexpr (!DECAY_PER_TOKEN) {
       const float w = load_mixed<Element>(args.w, args.w_dtype, head_index % args.H * N + j);
-      static_cast<float*>(args.dw_parts)[to] = shared.dw[j].sum * decay_of<DECAY>(w).slope;
+      static_cast<float*>(args.dw_parts)[to] = shared.dw[j] * decay_of<DECAY>(w).slope;
     }
   }
 }
@@ -177,7 +179,8 @@ __device__ __forceinline__ void store_parts(const Args& args, int64_t head_index
 __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const Arguments args) {
   extern __shared__ __align__(16) char shared_bytes[];
   Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
-  for (int j = threadIdx.x; j < N; j += THREADS) shared.du[j] = shared.dw[j] = LongSum<float>();
+  for (int j = threadIdx.x; j < N; j += THREADS)
+    shared.du[j] = shared.du_rest[j] = shared.dw[j] = shared.dw_rest[j] = 0.0f;
   walk_back(args, blockIdx.x, shared);
   store_parts(args, blockIdx.x, shared);
 }
@@ -185,10 +188,10 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const Arguments ar
 // One value of a sum [H, N] of parts [S, H, N].
 __device__ __forceinline__ float sum_sequences(const Arguments& args, const void* parts,
                                                int64_t at) {
-  LongSum<float> sum;
+  float sum = 0, rest = 0;
   for (int64_t s = 0; s < args.S; ++s)
-    sum.add(static_cast<const float*>(parts)[s * args.H * N + at]);
-  return sum.sum;
+    add_long(static_cast<const float*>(parts)[s * args.H * N + at], sum, rest);
+  return sum;
 }
 
 template <typename Args>

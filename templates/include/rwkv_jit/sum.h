@@ -4,17 +4,13 @@
 
 namespace rwkv_jit {
 
-// A sum over any number of tokens that is as good as one of a few: what an addition rounds away is
-// given to the next one.
+// Adds to a sum of any number of terms, which so stays as good as one of a few: `rest` carries what
+// an addition rounds away to the next one. Both begin at zero.
 template <typename Value>
-struct LongSum {
-  Value sum = {}, rest = {};
-
-  RWKV_JIT_SHARED_CODE void add(Value value) {
-    const Value given = value - rest, next = sum + given;
-    rest = (next - sum) - given;
-    sum = next;
-  }
-};
+RWKV_JIT_SHARED_CODE void add_long(Value term, Value& sum, Value& rest) {
+  const Value given = term - rest, next = sum + given;
+  rest = (next - sum) - given;
+  sum = next;
+}
 
 }  // namespace rwkv_jit
