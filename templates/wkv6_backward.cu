@@ -55,7 +55,8 @@ __device__ __forceinline__ void advance_state(const Tile<N>& tile, const float (
   advance(tile, state, v, token[KEEP], token[CHANGE], token[K]);
 }
 
-// Adds up the warps' parts, writes the gradients of a step's tokens, and adds to the sums over them.
+// Adds up the warps' parts, writes the gradients of a step's tokens and adds to the sums over
+// tokens.
 __device__ __forceinline__ void store_gradients(const Arguments& args, int64_t first, int64_t end,
                                                 int64_t head, Shared& shared) {
   __syncthreads();  // every warp's part is there

@@ -61,7 +61,8 @@ def test_templates_are_almost_free_of_jinja_control_flow() -> None:
     for path in template_dir().glob("*"):
         if path.is_file():
             lines = path.read_text().splitlines()
-            control = sum(line.lstrip().startswith("//%") for line in lines)
+            statements = [line.split() for line in lines if line.lstrip().startswith("//%")]
+            control = sum(words[1] != "include" for words in statements)
             assert control <= 0.05 * len(lines), path.name
 
 
