@@ -1,7 +1,7 @@
-// The forward kernel of a recurrence: one block per sequence, head and group of rows. Rows of S need
-// nothing of each other. They stay in registers; a stage of tokens is read, converted and gated once
-// by the block and then shared. The operator's template has the vectors of a token, load_token and
-// run_token.
+// The forward kernel of a recurrence: one block per sequence, head and group of rows. Rows of S
+// need nothing of each other. They stay in registers; a stage of tokens is read, converted and
+// gated once by the block and then shared. The operator's template has the vectors of a token,
+// load_token and run_token.
 namespace {
 
 constexpr int STAGE = {{stage_tokens}};
