@@ -113,9 +113,13 @@ def _check_shape(
 ) -> None:
     name, letters = tensor_spec.name, tensor_spec.shape
     shown = f"[{', '.join(letters)}]"
+    if tensor_spec.last_axis_optional and tensor.dim() == len(letters) - 1:
+        letters = letters[:-1]
+        shown = f"[{', '.join(letters)}]"
     if tensor.dim() != len(letters):
+        short = f" or [{', '.join(letters[:-1])}]" if tensor_spec.last_axis_optional else ""
         raise ArgumentError(
-            f"{spec.name}: {name} has shape {list(tensor.shape)}, but must be {shown}"
+            f"{spec.name}: {name} has shape {list(tensor.shape)}, but must be {shown}{short}"
         )
     for letter, size in zip(letters, tensor.shape, strict=True):
         if letter not in known:

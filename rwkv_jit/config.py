@@ -9,7 +9,7 @@ from .arch import parse_arch
 from .errors import ConfigError
 
 DTYPES = ("bf16", "fp16", "fp32", "fp64")
-DECAYS = ("loglog", "logit", "log")
+DECAYS = ("loglog", "logit", "log", "factor")
 STATE_LAYOUTS = ("vk", "kv")
 ENTRIES = ("forward", "backward")
 MAX_HEAD_SIZE = 256
@@ -18,7 +18,7 @@ DEFAULT_CHUNK_LENGTH = 16
 _SLUG = re.compile(
     r"(?P<op>[a-z][a-z0-9]*(?:_decode)?)_n(?P<head_size>\d+)_(?P<dtype>bf16|fp16|fp32|fp64)"
     r"_l(?P<chunk_length>\d+)_(?P<arch>sm\d+[af]?|x86_64_v\d|aarch64)"
-    r"(?:_(?P<decay>logit|log))?(?:_s(?P<state_dtype>bf16|fp16|fp32|fp64))?(?P<layout>_kv)?",
+    r"(?:_(?P<decay>logit|log|factor))?(?:_s(?P<state_dtype>bf16|fp16|fp32|fp64))?(?P<layout>_kv)?",
     # Digits of other scripts are no part of an identifier.
     re.ASCII,
 )
@@ -35,7 +35,7 @@ class OpConfig:
 
     op: name of the operator, e.g. "wkv7".
     head_size: N.
-    dtype: of r, k, v, a, b and y, one of DTYPES.
+    dtype: of the tokens' vectors and y, one of DTYPES.
     chunk_length: L, tokens between two state checkpoints.
     arch: in slug form, e.g. "sm90a" or "x86_64_v3".
     decay: what w means, one of DECAYS.

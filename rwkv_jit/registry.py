@@ -45,18 +45,26 @@ class Op:
         )
         self._checked: set[tuple[Any, ...]] = set()
         self._flags = tuple(name for name in self._optional if name in self._public)
+        self._widened = tuple(
+            (tensor.name, len(tensor.shape))
+            for tensor in forward.inputs
+            if tensor.last_axis_optional
+        )
 
     def __repr__(self) -> str:
         return f"<rwkv_jit.Op {self._slug}>"
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Run the operator. For wkv7:
+        """Run the operator:
 
-            y, final_state = op(r, w, k, v, a, b, initial_state=None, output_final_state=False,
-                                cu_seqlens=None)
+            y, final_state = wkv7(r, w, k, v, a, b, initial_state=None, output_final_state=False,
+                                  cu_seqlens=None)
+            y, final_state = wkv6(r, w, k, v, u, ...)    and wkv5 likewise, the rest as for wkv7
 
         r, k, v, a, b: [B, T, H, N] in the operator's dtype; any strides.
-        w: [B, T, H, N], same dtype as r or float32. Decay; what it means is `config.decay`.
+        w: [B, T, H, N], for wkv5 [H, N] or [H], same dtype as r or float32. Decay; what it means
+            is `config.decay`.
+        u: [H, N], same dtype as r or float32. What a token's own key counts for in its output.
         initial_state: [B or S, H, N, N] in the state dtype, axes (value, key) for "vk". Zeros if
             None.
         output_final_state: whether to return the state after the last token.
@@ -67,7 +75,7 @@ class Op:
 
         Returns y [B, T, H, N] in the operator's dtype and final_state [B or S, H, N, N], or None.
         All floating inputs get gradients; there are no second derivatives. Under autocast the
-        inputs are converted to the operator's dtype, but for a w or a state of float32.
+        inputs are converted to the operator's dtype, but for a w, u or state of float32.
 
         Raises ArgumentError for tensors that do not fit, and what building or loading a kernel
         raises at the first call. The formula is in docs/adding_an_operator.md and `op.info()`.
@@ -76,6 +84,10 @@ class Op:
         if torch.is_autocast_enabled(self._device_type):
             self._cast(values)
         self._check(values)
+        for name, rank in self._widened:
+            if values[name].dim() < rank:
+                narrow = values[name][..., None]
+                values[name] = narrow.expand(*narrow.shape[:-1], self.config.head_size)
         if self._runs_reference:
             return self._reference(values)
         tensors = [values[name] for name in self._inputs]
@@ -198,13 +210,13 @@ def get_op(
 
     name: one of `list_ops()`.
     head_size: N. On a CPU a multiple of 8 up to 256; on a GPU 16, 32, 64, 128 or 256.
-    dtype: of r, k, v, a, b and y: bfloat16, float16 or float32, on a CPU float64 too.
+    dtype: of the tokens' vectors and y: bfloat16, float16 or float32, on a CPU float64 too.
     chunk_length: L, tokens that a kernel takes together, or that lie between the states kept for
         the backward; 16 if None.
     device: where it will run. None is the GPU if there is one, else the CPU.
     arch: what to compile for, e.g. "9.0a"; None is the device's own.
-    decay: what w means: "loglog" d = exp(-exp(w)), "logit" d = exp(-exp(-1/2) sigmoid(w)),
-        "log" d = exp(w).
+    decay: what w means: "loglog" d = exp(-exp(w)), "logit" d = exp(-exp(-1/2) sigmoid(w)) (wkv7
+        alone), "log" d = exp(w), "factor" d = w (wkv5 alone).
     state_dtype: of the states passed in and out; None is float32 (float64 for float64).
     state_layout: order of a state's last axes: "vk" (value, key) or "kv".
     build: on a cache miss at the first call: "auto" builds, "never" is an error, "always" builds

@@ -24,6 +24,8 @@ class TensorSpec:
         float64 for a float64 operator), "like:<tensor>", or a dtype's name. Where there are
         several, the argument block says at run time which one it is.
     optional: an input that may be None, or an output that is made only when asked for.
+    last_axis_optional: an input that may be given without its last axis, N, and is then the same
+        all along it.
     """
 
     name: str
@@ -31,6 +33,7 @@ class TensorSpec:
     dtype: tuple[str, ...]
     meaning: str
     optional: bool = False
+    last_axis_optional: bool = False
 
     @property
     def has_dtype_field(self) -> bool:

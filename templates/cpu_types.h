@@ -9,7 +9,9 @@ using Real = rwkv_jit::RealOf<Element>::type;
 using Vector = rwkv_jit::VectorOf<Real, VECTOR_BYTES>::type;
 using Gate = rwkv_jit::Decay<DECAY, Real, VECTOR_BYTES>;
 constexpr int WIDTH = VECTOR_BYTES / sizeof(Real);
+constexpr int VECTORS = N / WIDTH;
 static_assert(N % WIDTH == 0, "a row is a whole number of vectors");
+using Row = Vector[VECTORS];
 
 inline Real* reals(Vector* row) { return reinterpret_cast<Real*>(row); }
 
@@ -18,3 +20,5 @@ constexpr int BLOCK_VECTORS = VECTOR_BYTES == 64 ? 4 : 2;
 constexpr int BLOCK_ROWS = BLOCK_VECTORS * WIDTH;
 
 }  // namespace
+
+RWKV_JIT_EXPORT const char* rwkv_jit_error(int) { return "out of memory"; }

@@ -8,17 +8,13 @@
 // states in the nearest cache, and then backward. The decay is never divided by.
 #include <cstdint>
 #include <initializer_list>
-#include <memory>
-#include <new>
-#include <type_traits>
-#include <vector>
 
 //% include "prelude.h"
 #include "rwkv_jit/cpu/decay.h"
 #include "rwkv_jit/cpu/parallel.h"
 #include "rwkv_jit/cpu/tokens.h"
 #include "rwkv_jit/cpu/vector.h"
-#include "rwkv_jit/cpu/wkv7_state.h"
+#include "rwkv_jit/cpu/state.h"
 //% include "cpu_types.h"
 
 namespace {
@@ -26,10 +22,7 @@ namespace {
 using namespace rwkv_jit;
 
 constexpr int ROWS = 4;  // rows taken through a chunk together
-constexpr int VECTORS = N / WIDTH;
 static_assert(N % ROWS == 0, "rows come in groups");
-
-using Row = Vector[VECTORS];
 
 // A thread's own memory: a chunk of tokens, its gradients, and one head's G [value, key].
 struct Workspace {
@@ -50,7 +43,7 @@ void load_tokens(const Arguments& args, int64_t first, int count, int64_t head, 
     load_row<Element, N>(args.a, row, reals(work.a[t]));
     load_row<Element, N>(args.b, row, reals(work.b[t]));
     load_row<Element, N>(args.dy, row, work.dy[t]);
-    load_decay_row<Element, N>(args.w, args.w_dtype, row, reals(work.w));
+    load_mixed_row<Element, N>(args.w, args.w_dtype, row, reals(work.w));
     for (int x = 0; x < VECTORS; ++x) {
       const Gate gate(work.w[x]);
       work.keep[t][x] = gate.keep;
@@ -62,12 +55,6 @@ void load_tokens(const Arguments& args, int64_t first, int count, int64_t head, 
   }
 }
 
-Real dot(const Row& left, const Row& right) {
-  Vector sum = {};
-  for (int x = 0; x < VECTORS; ++x) sum += left[x] * right[x];
-  return lane_sum<Real, WIDTH>(sum);
-}
-
 // Takes rows first .. first + ROWS through `count` tokens forward, then backward, and asks for its
 // share of the chunk whose tokens begin at row `next` of the inputs.
 void run_rows(const Arguments& args, int64_t next, Workspace& work, int first, int count) {
@@ -75,7 +62,7 @@ void run_rows(const Arguments& args, int64_t next, Workspace& work, int first, i
   for (int t = 0; t < count; ++t) {
     for (const void* tensor : {args.r, args.w, args.k, args.v, args.a, args.b, args.dy})
       prefetch_values<Element, ROWS>(tensor, (next + t * args.H) * N + first);
-    for (int i = 0; i < ROWS; ++i) sa[t][i] = dot(work.history[t][i], work.a[t]);
+    for (int i = 0; i < ROWS; ++i) sa[t][i] = dot<Real, VECTORS>(work.history[t][i], work.a[t]);
     const Real *v = work.v[t] + first, *dy = work.dy[t] + first;
     for (int x = 0; x < VECTORS; ++x) {
       Vector dr = work.dr[t][x];
@@ -130,62 +117,14 @@ void store_gradients(const Arguments& args, int64_t first, int count, int64_t he
     store_row<Element, N>(work.dv[t], args.dv, row);
     store_row<Element, N>(reals(work.da[t]), args.da, row);
     store_row<Element, N>(reals(work.db[t]), args.db, row);
-    if (args.dw_dtype == FP32) {
-      store_row<float, N>(reals(work.dw[t]), args.dw, row);
-    } else {
-      store_row<Element, N>(reals(work.dw[t]), args.dw, row);
-    }
+    store_mixed_row<Element, N>(reals(work.dw[t]), args.dw, args.dw_dtype, row);
   }
-}
-
-void run_head(const Arguments& args, int64_t s, int64_t head, Workspace& work) {
-  const Sequence sequence = find_sequence(args, s, L);
-  const int64_t state_at = (s * args.H + head) * N * N;
-  const StateElement* dfinal = static_cast<const StateElement*>(args.dfinal_state);
-  for (int i = 0; i < N; ++i)
-    for (int j = 0; j < N; ++j)
-      reals(work.g[i])[j] =
-          dfinal == nullptr ? Real(0) : load(dfinal[state_at + state_index<N, STATE_IS_KV>(i, j)]);
-
-  const int64_t chunks = (sequence.end - sequence.begin + L - 1) / L;
-  for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
-    const int64_t first = sequence.begin + chunk * L;
-    const int count = static_cast<int>(std::min<int64_t>(L, sequence.end - first));
-    load_tokens(args, first, count, head, work);
-    const Real* checkpoint = static_cast<const Real*>(args.checkpoints) +
-                             ((sequence.first_checkpoint + chunk) * args.H + head) * N * N;
-    for (int row = 0; row < N; row += ROWS) {
-      for (int i = 0; i < ROWS; ++i)
-        for (int j = 0; j < N; ++j)
-          reals(work.history[0][i])[j] = checkpoint[packed_index<N, BLOCK_ROWS>(row + i, j)];
-      run_rows(args, (first - L) * args.H + head, work, row, count);
-    }
-    store_gradients(args, first, count, head, work);
-  }
-
-  StateElement* dinitial = static_cast<StateElement*>(args.dinitial_state);
-  if (dinitial == nullptr) return;
-  for (int i = 0; i < N; ++i)
-    for (int j = 0; j < N; ++j)
-      store(dinitial[state_at + state_index<N, STATE_IS_KV>(i, j)], reals(work.g[i])[j]);
 }
 
 }  // namespace
 
-RWKV_JIT_EXPORT const char* rwkv_jit_error(int) { return "out of memory"; }
+//% include "cpu_backward.h"
 
 RWKV_JIT_EXPORT int rwkv_jit_launch(const Arguments* args) {
-  const int64_t heads = args->S * args->H;
-  const double tokens = args->cu_seqlens != nullptr ? double(args->T) / args->S : double(args->T);
-  const int64_t workers = useful_threads(args->threads, heads, (tokens + 1) * N * N * 16);
-  try {
-    std::vector<std::unique_ptr<Workspace>> work(workers);
-    for (auto& one : work) one = std::make_unique<Workspace>();
-    parallel_for(heads, workers, [&](int64_t item, int64_t worker) {
-      run_head(*args, item / args->H, item % args->H, *work[worker]);
-    });
-  } catch (const std::bad_alloc&) {
-    return 1;
-  }
-  return 0;
+  return run_heads<Workspace>(*args, N * N * 16, run_backward);
 }

@@ -5,17 +5,13 @@
 // r_t and the next token's S_t a_{t+1}.
 #include <cstdint>
 #include <initializer_list>
-#include <memory>
-#include <new>
-#include <type_traits>
-#include <vector>
 
 //% include "prelude.h"
 #include "rwkv_jit/cpu/decay.h"
 #include "rwkv_jit/cpu/parallel.h"
 #include "rwkv_jit/cpu/tokens.h"
 #include "rwkv_jit/cpu/vector.h"
-#include "rwkv_jit/cpu/wkv7_state.h"
+#include "rwkv_jit/cpu/state.h"
 //% include "cpu_types.h"
 
 namespace {
@@ -42,7 +38,7 @@ __attribute__((noinline)) void load_tokens(const Arguments& args, int64_t first,
     load_row<Element, N>(args.v, row, work.v[t]);
     load_row<Element, N>(args.a, row, work.a[t]);
     load_row<Element, N>(args.b, row, work.b[t]);
-    load_decay_row<Element, N>(args.w, args.w_dtype, row, work.w);
+    load_mixed_row<Element, N>(args.w, args.w_dtype, row, work.w);
     Vector* keep = reinterpret_cast<Vector*>(work.keep[t]);
     Vector* change = reinterpret_cast<Vector*>(work.change[t]);
     for (int x = 0; x < N / WIDTH; ++x) {
@@ -91,73 +87,10 @@ void advance_rows(const Arguments& args, int64_t next, Workspace& work, int firs
   }
 }
 
-template <bool ALL_KEEP>
-void advance(const Arguments& args, int64_t next, Workspace& work, int count) {
-  constexpr int REMAINDER = N % BLOCK_ROWS / WIDTH;
-  for (int row = 0; row + BLOCK_ROWS <= N; row += BLOCK_ROWS)
-    advance_rows<BLOCK_VECTORS, ALL_KEEP>(args, next, work, row, count);
-  if constexpr (REMAINDER > 0)
-    advance_rows<REMAINDER, ALL_KEEP>(args, next, work, N - REMAINDER * WIDTH, count);
-}
-
-void load_state(const Arguments& args, int64_t at, Workspace& work) {
-  const StateElement* from = static_cast<const StateElement*>(args.initial_state);
-  for (int i = 0; i < N; ++i)
-    for (int j = 0; j < N; ++j)
-      work.state[packed_index<N, BLOCK_ROWS>(i, j)] =
-          from == nullptr ? Real(0) : load(from[at * N * N + state_index<N, STATE_IS_KV>(i, j)]);
-}
-
-void store_state(const Arguments& args, int64_t at, const Workspace& work) {
-  StateElement* to = static_cast<StateElement*>(args.final_state);
-  for (int i = 0; i < N; ++i)
-    for (int j = 0; j < N; ++j)
-      store(to[at * N * N + state_index<N, STATE_IS_KV>(i, j)],
-            work.state[packed_index<N, BLOCK_ROWS>(i, j)]);
-}
-
-void store_checkpoint(const Arguments& args, int64_t place, int64_t head, const Workspace& work) {
-  if (args.checkpoints == nullptr) return;
-  Real* to = static_cast<Real*>(args.checkpoints) + (place * args.H + head) * N * N;
-  std::copy_n(work.state, N * N, to);
-}
-
-void run_head(const Arguments& args, int64_t s, int64_t head, Workspace& work) {
-  const Sequence sequence = find_sequence(args, s, L);
-  load_state(args, s * args.H + head, work);
-  int64_t checkpoint = sequence.first_checkpoint;
-  for (int64_t first = sequence.begin; first < sequence.end; first += L, ++checkpoint) {
-    const int count = static_cast<int>(std::min<int64_t>(L, sequence.end - first));
-    store_checkpoint(args, checkpoint, head, work);
-    load_tokens(args, first, count, head, work);
-    const int64_t next = (first + L) * args.H + head;
-    work.all_keep ? advance<true>(args, next, work, count)
-                  : advance<false>(args, next, work, count);
-    for (int t = 0; t < count; ++t)
-      store_row<Element, N>(work.y[t], args.y, (first + t) * args.H + head);
-  }
-  // A place that no chunk needs is written all the same, so that no output is left undefined.
-  if (checkpoint < sequence.first_checkpoint + sequence.checkpoints)
-    store_checkpoint(args, checkpoint, head, work);
-  if (args.final_state != nullptr) store_state(args, s * args.H + head, work);
-}
-
 }  // namespace
 
-RWKV_JIT_EXPORT const char* rwkv_jit_error(int) { return "out of memory"; }
+//% include "cpu_forward.h"
 
 RWKV_JIT_EXPORT int rwkv_jit_launch(const Arguments* args) {
-  const int64_t heads = args->S * args->H;
-  const double tokens = args->cu_seqlens != nullptr ? double(args->T) / args->S : double(args->T);
-  const int64_t workers = useful_threads(args->threads, heads, (tokens + 1) * N * N * 6);
-  try {
-    std::vector<std::unique_ptr<Workspace>> work(workers);
-    for (auto& one : work) one = std::make_unique<Workspace>();
-    parallel_for(heads, workers, [&](int64_t item, int64_t worker) {
-      run_head(*args, item / args->H, item % args->H, *work[worker]);
-    });
-  } catch (const std::bad_alloc&) {
-    return 1;
-  }
-  return 0;
+  return run_heads<Workspace>(*args, N * N * 6, run_forward);
 }

@@ -1,114 +1,45 @@
-// wkv7 forward, token by token, in float: one block per sequence, head and group of rows.
+// wkv7 forward, token by token, in float.
 //   S_t = S_{t-1} diag(d_t) + (S_{t-1} a_t) b_t^T + v_t k_t^T,   y_t = S_t r_t
-// Rows of S need nothing of each other. They stay in registers; a stage of tokens is read,
-// converted and gated once by the block and then shared.
 #include <cuda_runtime.h>
 
 //% include "prelude.h"
 #include "rwkv_jit/cuda/decay.cuh"
 #include "rwkv_jit/cuda/element.cuh"
-#include "rwkv_jit/cuda/wkv7_recurrence.cuh"
+#include "rwkv_jit/cuda/recurrence.cuh"
 //% include "cuda_types.h"
+//% include "cuda_tiles.h"
 
 namespace {
 
 using namespace rwkv_jit;
 
-constexpr int WARPS = {{warps}};
-constexpr int ROWS = {{rows_per_lane}};
-constexpr int STAGE = {{stage_tokens}};
-constexpr int THREADS = WARPS * 32;
-constexpr int WARP_ROWS = Tile<N>::ROW_LANES * ROWS;
-constexpr int BLOCK_ROWS = WARPS * WARP_ROWS;
-constexpr int GROUPS = N / BLOCK_ROWS;
-static_assert(GROUPS * BLOCK_ROWS == N, "groups of rows make up a head");
-static_assert(L % STAGE == 0, "a checkpoint falls on the first token of a stage");
-
 enum Vector { R, K, V, A, B, KEEP, CHANGE, VECTORS };
 
-__device__ __forceinline__ void store_checkpoint(const Arguments& args, const Tile<N>& tile,
-                                                 int64_t head, int64_t place, int first_row,
-                                                 const float (&state)[ROWS][LANE_COLUMNS]) {
-  if (args.checkpoints == nullptr) return;
-  float* to = static_cast<float*>(args.checkpoints) + (place * args.H + head) * N * N;
-#pragma unroll
-  for (int i = 0; i < ROWS; ++i) tile.write(state[i], to + (first_row + i) * N);
+// One value of each vector of a token.
+__device__ __forceinline__ void load_token(const Arguments& args, int64_t t, int64_t head, int j,
+                                           float (&token)[VECTORS][N]) {
+  const int64_t from = (t * args.H + head) * N + j;
+  const Decay decay = decay_of<DECAY>(load_mixed<Element>(args.w, args.w_dtype, from));
+  token[R][j] = load_at<Element>(args.r, from);
+  token[K][j] = load_at<Element>(args.k, from);
+  token[V][j] = load_at<Element>(args.v, from);
+  token[A][j] = load_at<Element>(args.a, from);
+  token[B][j] = load_at<Element>(args.b, from);
+  token[KEEP][j] = decay.keep;
+  token[CHANGE][j] = decay.change;
 }
 
-__global__ void __launch_bounds__(THREADS) forward_kernel(const Arguments args) {
-  __shared__ __align__(16) float tokens[STAGE][VECTORS][N];
-  const Tile<N> tile;
-  const int64_t head_index = blockIdx.x / GROUPS;  // s * H + head
-  const int64_t head = head_index % args.H;
-  const int first_row = static_cast<int>(blockIdx.x % GROUPS) * BLOCK_ROWS +
-                        static_cast<int>(threadIdx.x / 32) * WARP_ROWS + tile.row_lane * ROWS;
-  const Sequence sequence = find_sequence(args, head_index / args.H, L);
-
-  float state[ROWS][LANE_COLUMNS];
+__device__ __forceinline__ void run_token(const Tile<N>& tile, const float (&token)[VECTORS][N],
+                                          int first_row, float (&state)[ROWS][LANE_COLUMNS],
+                                          float (&y)[ROWS]) {
+  float v[ROWS], sa[ROWS];
 #pragma unroll
-  for (int i = 0; i < ROWS; ++i)
-#pragma unroll
-    for (int j = 0; j < LANE_COLUMNS; ++j)
-      state[i][j] = args.initial_state == nullptr
-                        ? 0.0f
-                        : load_at<StateElement>(
-                              args.initial_state,
-                              head_index * N * N + state_index(first_row + i, tile.column(j)));
-
-  int64_t checkpoint = sequence.first_checkpoint;
-  for (int64_t first = sequence.begin; first < sequence.end; first += STAGE) {
-    const int count = static_cast<int>(min(sequence.end - first, static_cast<int64_t>(STAGE)));
-    if ((first - sequence.begin) % L == 0)
-      store_checkpoint(args, tile, head, checkpoint++, first_row, state);
-    __syncthreads();  // the last stage's readers are done
-    for (int at = threadIdx.x; at < count * N; at += THREADS) {
-      const int t = at / N, j = at % N;
-      const int64_t from = ((first + t) * args.H + head) * N + j;
-      const Decay decay = decay_of<DECAY>(load_decay(args, from));
-      tokens[t][R][j] = load_at<Element>(args.r, from);
-      tokens[t][K][j] = load_at<Element>(args.k, from);
-      tokens[t][V][j] = load_at<Element>(args.v, from);
-      tokens[t][A][j] = load_at<Element>(args.a, from);
-      tokens[t][B][j] = load_at<Element>(args.b, from);
-      tokens[t][KEEP][j] = decay.keep;
-      tokens[t][CHANGE][j] = decay.change;
-    }
-    __syncthreads();
-    for (int t = 0; t < count; ++t) {
-      float v[ROWS], sa[ROWS], y[ROWS];
-#pragma unroll
-      for (int i = 0; i < ROWS; ++i) v[i] = tokens[t][V][first_row + i];
-      state_times(tile, state, tokens[t][A], sa);
-      advance(tile, state, sa, v, tokens[t][KEEP], tokens[t][CHANGE], tokens[t][B], tokens[t][K]);
-      state_times(tile, state, tokens[t][R], y);
-      if (tile.column_lane == 0) {
-#pragma unroll
-        for (int i = 0; i < ROWS; ++i)
-          store_at<Element>(args.y, ((first + t) * args.H + head) * N + first_row + i, y[i]);
-      }
-    }
-  }
-
-  // A place that no chunk needs is written all the same, so that no output is left undefined.
-  if (checkpoint < sequence.first_checkpoint + sequence.checkpoints)
-    store_checkpoint(args, tile, head, checkpoint, first_row, state);
-
-  if (args.final_state == nullptr) return;
-#pragma unroll
-  for (int i = 0; i < ROWS; ++i)
-#pragma unroll
-    for (int j = 0; j < LANE_COLUMNS; ++j)
-      store_at<StateElement>(args.final_state,
-                             head_index * N * N + state_index(first_row + i, tile.column(j)),
-                             state[i][j]);
+  for (int i = 0; i < ROWS; ++i) v[i] = token[V][first_row + i];
+  state_times(tile, state, token[A], sa);
+  advance(tile, state, sa, v, token[KEEP], token[CHANGE], token[B], token[K]);
+  state_times(tile, state, token[R], y);
 }
 
 }  // namespace
 
-RWKV_JIT_EXPORT int rwkv_jit_launch(const Arguments* args) {
-  const int64_t blocks = args->S * args->H * GROUPS;
-  if (blocks == 0) return cudaSuccess;
-  const auto stream = static_cast<cudaStream_t>(args->stream);
-  forward_kernel<<<static_cast<unsigned>(blocks), THREADS, 0, stream>>>(*args);
-  return cudaGetLastError();
-}
+//% include "cuda_forward.h"

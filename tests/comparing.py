@@ -22,9 +22,10 @@ TOLERANCES: Mapping[str, tuple[float, float, float]] = {
 
 @dataclass
 class Call:
-    """Arguments of one call of wkv7 and the gradients that flow into its results.
+    """Arguments of one call of an operator and the gradients that flow into its results.
 
-    Everything is in float64 until `rounded` makes it what an operator takes.
+    Everything is in float64 until `rounded` makes it what an operator takes. `tokens` are its first
+    arguments, those that are not of each token included.
     """
 
     tokens: dict[str, torch.Tensor]
@@ -32,6 +33,7 @@ class Call:
     cu_seqlens: torch.Tensor | None = None
     dy: torch.Tensor | None = None
     dfinal_state: torch.Tensor | None = None
+    # Of w and of u, where it is not the operator's.
     w_dtype: torch.dtype | None = None
     results: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -41,6 +43,8 @@ class Call:
         tokens = {name: x.to(dtype) for name, x in self.tokens.items()}
         if self.w_dtype is not None:
             tokens["w"] = self.tokens["w"].to(self.w_dtype)
+            if "u" in tokens:
+                tokens["u"] = self.tokens["u"].to(self.w_dtype)
         return Call(
             tokens,
             None if self.initial_state is None else self.initial_state.to(state),
@@ -60,34 +64,53 @@ def relative_rms(value: torch.Tensor, truth: torch.Tensor) -> float:
     return difference if difference == 0 else difference / max(truth.norm().item(), 1e-300)
 
 
+def w_shape(op: str, batch: int, length: int, heads: int, size: int) -> tuple[int, ...]:
+    """The shape of an operator's w."""
+    return (heads, size) if op == "wkv5" else (batch, length, heads, size)
+
+
+def of_each_token(x: torch.Tensor) -> bool:
+    """Whether a tensor of `Call.tokens`, or its gradient, is [B, T, H, N]."""
+    return x.dim() == 4
+
+
 def random_call(
     batch: int,
     length: int,
     heads: int,
     size: int,
     *,
+    op: str = "wkv7",
     w: torch.Tensor | None = None,
     sequences: int | None = None,
     identical: bool = False,
     state_scale: float = 1.0,
 ) -> Call:
-    """Tokens as a model makes them: |a| = 1, b = -a * gate, and a state and gradients."""
+    """Tokens as a model makes them: |a| = 1, b = -a * gate, and a state and gradients.
+
+    w: of `w_shape`, or what broadcasts to it.
+    """
     shape = (batch, length, heads, size)
 
     def draw(*dims: int) -> torch.Tensor:
         return torch.randn(*dims, dtype=torch.float64)
 
-    kk = torch.nn.functional.normalize(draw(*shape), dim=-1)
+    decays = w_shape(op, *shape)
     tokens = {
         "r": draw(*shape),
-        "w": draw(*shape) - 1 if w is None else w.double().expand(shape),
+        "w": draw(*decays) - 1 if w is None else w.double().expand(decays),
         "k": draw(*shape),
         "v": draw(*shape),
-        "a": -kk,
-        "b": kk * torch.rand(shape, dtype=torch.float64),
     }
+    if op == "wkv7":
+        kk = torch.nn.functional.normalize(draw(*shape), dim=-1)
+        tokens.update(a=-kk, b=kk * torch.rand(shape, dtype=torch.float64))
+    else:
+        tokens["u"] = draw(heads, size)
     if identical:
-        tokens = {name: x[:, :1].expand(shape) for name, x in tokens.items()}
+        tokens = {
+            name: x[:, :1].expand(shape) if of_each_token(x) else x for name, x in tokens.items()
+        }
     states = (batch if sequences is None else sequences, heads, size, size)
     return Call(
         tokens,

@@ -69,6 +69,34 @@ REFUSED: list[tuple[Callable[[], dict[str, Any]], str]] = [
 ]
 
 
+def bonus_arguments(**changes: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Arguments of wkv5."""
+    tokens = {name: torch.randn(2, 5, 3, 16) for name in "rkv"}
+    return {**tokens, "w": torch.randn(3, 16), "u": torch.randn(3, 16), **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"u": torch.randn(2, 16)}, r"wkv5: u has H=2 in \[H, N\], but r has H=3"),
+        ({"u": torch.randn(3)}, r"wkv5: u has shape \[3\], but must be \[H, N\]$"),
+        ({"w": torch.randn(2)}, r"wkv5: w has H=2 in \[H\], but r has H=3"),
+        ({"w": torch.randn(3, 8)}, r"wkv5: w has N=8 .* but the operator has head_size=16"),
+        (
+            {"w": torch.randn(2, 5, 3, 16)},
+            r"wkv5: w has shape \[2, 5, 3, 16\], but must be \[H, N\] or \[H\]",
+        ),
+        ({"w": torch.tensor(1.0)}, r"wkv5: w has shape \[\], but must be \[H, N\] or \[H\]"),
+    ],
+)
+def test_tensors_that_are_not_of_each_token_are_checked(
+    changes: dict[str, torch.Tensor], message: str
+) -> None:
+    wkv5 = get_op("wkv5", head_size=16, dtype=torch.float32, device="cpu")
+    with pytest.raises(ArgumentError, match=message):
+        wkv5(**bonus_arguments(**changes))
+
+
 @pytest.mark.parametrize(("make", "message"), REFUSED)
 def test_a_refusal_names_the_argument_and_the_rule(
     op: Op, make: Callable[[], dict[str, Any]], message: str

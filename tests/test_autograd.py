@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import normalize
 
 from comparing import random_call, reference, relative_rms, run
-from rwkv_jit import Op, get_op
+from rwkv_jit import Op, get_op, list_ops
 from rwkv_jit.autograd import torch_ops
 from rwkv_jit.errors import KernelMissingError
 
@@ -18,27 +18,30 @@ DEVICES = [
     pytest.param("cuda", id="cuda", marks=pytest.mark.gpu),
 ]
 on_each_device = pytest.mark.parametrize("device", DEVICES)
+for_each_op = pytest.mark.parametrize("name", list_ops())
 
 
-def small_op(device: str, dtype: torch.dtype = torch.float32) -> Op:
-    return get_op("wkv7", head_size=32, dtype=dtype, device=device)
+def small_op(device: str, dtype: torch.dtype = torch.float32, name: str = "wkv7") -> Op:
+    return get_op(name, head_size=32, dtype=dtype, device=device)
 
 
-def leaves(device: str, length: int = 21, batch: int = 2) -> list[torch.Tensor]:
-    call = random_call(batch, length, 2, 32)
+def leaves(device: str, length: int = 21, batch: int = 2, name: str = "wkv7") -> list[torch.Tensor]:
+    """The operator's first arguments, then an initial state."""
+    call = random_call(batch, length, 2, 32, op=name)
     assert call.initial_state is not None
     tensors = (*call.tokens.values(), call.initial_state)
     return [x.float().to(device).requires_grad_() for x in tensors]
 
 
 @on_each_device
+@for_each_op
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("with_state", [False, True])
 def test_opcheck_passes_for_both_registered_ops(
-    device: str, packed: bool, with_state: bool
+    device: str, name: str, packed: bool, with_state: bool
 ) -> None:
-    op, ops = small_op(device), torch_ops("wkv7")
-    *tokens, state = (x.detach() for x in leaves(device, 40, batch=1))
+    op, ops = small_op(device, name=name), torch_ops(name)
+    *tokens, state = (x.detach() for x in leaves(device, 40, batch=1, name=name))
     bounds = torch.tensor([0, 7, 7, 40], device=device) if packed else None
     state = state.repeat(3, 1, 1, 1) if packed else state
     slug = op.config.slug
@@ -68,8 +71,9 @@ def test_fakes_give_the_shapes_and_dtypes_of_the_kernels() -> None:
 # torch's own tracer makes an instance of every autograd.Function, and scripts methods.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @on_each_device
-def test_compile_fullgraph_forward_and_backward_with_dynamic_length(device: str) -> None:
-    op = small_op(device)
+@for_each_op
+def test_compile_fullgraph_forward_and_backward_with_dynamic_length(device: str, name: str) -> None:
+    op = small_op(device, name=name)
     torch._dynamo.reset()
     compilations = 0
 
@@ -79,8 +83,8 @@ def test_compile_fullgraph_forward_and_backward_with_dynamic_length(device: str)
         return graph.forward
 
     def layer(*x: torch.Tensor) -> torch.Tensor:
-        r, w, k, v, a, b, state = x
-        y, final = op(r * 2, w, k, v, normalize(a, dim=-1), b, state, True)
+        r, w, k, v, bonus_or_a, *rest = x
+        y, final = op(r * 2, w, k, v, normalize(bonus_or_a, dim=-1), *rest, True)
         assert final is not None
         return y.square().mean() + final.square().mean()
 
@@ -88,7 +92,7 @@ def test_compile_fullgraph_forward_and_backward_with_dynamic_length(device: str)
         torch._dynamo.reset()
         compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=backend)
         for length in (5, 16, 33):
-            given = leaves(device, length)
+            given = leaves(device, length, name=name)
             loss = compiled(*given)
             grads = torch.autograd.grad(loss, given)
             expected = layer(*given)
@@ -100,22 +104,26 @@ def test_compile_fullgraph_forward_and_backward_with_dynamic_length(device: str)
 
 
 @on_each_device
-def test_second_derivatives_are_refused_but_create_graph_is_not(device: str) -> None:
-    given = leaves(device)
-    y, _ = small_op(device)(*given)
+@for_each_op
+def test_second_derivatives_are_refused_but_create_graph_is_not(device: str, name: str) -> None:
+    given = leaves(device, name=name)
+    y, _ = small_op(device, name=name)(*given)
     (first,) = torch.autograd.grad(y.square().sum(), given[0], create_graph=True)
-    with pytest.raises(NotImplementedError, match="wkv7: second derivatives are not supported"):
+    with pytest.raises(NotImplementedError, match=f"{name}: second derivatives are not supported"):
         first.sum().backward()
 
 
 @on_each_device
-def test_autocast_converts_to_the_operators_dtype_but_keeps_a_float32_w(device: str) -> None:
+@for_each_op
+def test_autocast_converts_to_the_operators_dtype_but_keeps_w_and_u_in_float32(
+    device: str, name: str
+) -> None:
     """Under autocast any floating tokens are taken; gradients come back in their own dtypes."""
-    op = small_op(device, torch.bfloat16)
-    given = leaves(device)
-    call = random_call(2, 21, 2, 32)
+    op = small_op(device, torch.bfloat16, name)
+    given = leaves(device, name=name)
+    call = random_call(2, 21, 2, 32, op=name)
     call.tokens = dict(zip(call.tokens, (x.detach().cpu() for x in given), strict=False))
-    call.initial_state = given[6].detach().cpu()
+    call.initial_state = given[-1].detach().cpu()
     call.w_dtype = torch.float32
     truth = reference(op, call.rounded(op), gradients=False)
     with torch.autocast(device, dtype=torch.bfloat16):
@@ -152,8 +160,9 @@ def test_activation_checkpointing_gives_the_same_gradients() -> None:
 
 
 @pytest.mark.gpu
-def test_a_cuda_graph_replays_forward_and_backward() -> None:
-    op, given = small_op("cuda"), leaves("cuda")
+@for_each_op
+def test_a_cuda_graph_replays_forward_and_backward(name: str) -> None:
+    op, given = small_op("cuda", name=name), leaves("cuda", name=name)
     dy = torch.randn_like(given[0])
 
     def work() -> tuple[torch.Tensor, ...]:
@@ -168,7 +177,7 @@ def test_a_cuda_graph_replays_forward_and_backward() -> None:
     with torch.cuda.graph(graph):
         captured = work()
     with torch.no_grad():
-        for x, new in zip(given, leaves("cuda"), strict=True):
+        for x, new in zip(given, leaves("cuda", name=name), strict=True):
             x.copy_(new)
     graph.replay()
     for one, other in zip(captured, work(), strict=True):
@@ -189,21 +198,22 @@ def test_capturing_what_is_not_loaded_raises_instead_of_building() -> None:
 
 
 @pytest.mark.gpu
-def test_work_goes_to_the_current_stream() -> None:
-    op = small_op("cuda")
-    call = random_call(2, 600, 2, 32).rounded(op)
+@for_each_op
+def test_work_goes_to_the_current_stream(name: str) -> None:
+    op = small_op("cuda", name=name)
+    call = random_call(2, 600, 2, 32, op=name).rounded(op)
     expected = run(op, call, "cuda")
     big = torch.randn(1 << 27, device="cuda")
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         tokens = {}
-        for name, x in call.tokens.items():
+        for argument, x in call.tokens.items():
             late = torch.full_like(x, float("nan"), device="cuda")
             # The right values come only after this stream's earlier work.
             for _ in range(3):
                 big.mul_(1.0)
-            tokens[name] = late.copy_(x.cuda())
+            tokens[argument] = late.copy_(x.cuda())
         assert call.initial_state is not None
         y, _ = op(**tokens, initial_state=call.initial_state.cuda())
     side.synchronize()
@@ -212,11 +222,12 @@ def test_work_goes_to_the_current_stream() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_a_second_device_is_used_where_the_tensors_are() -> None:
-    op = small_op("cuda")
-    call = random_call(2, 40, 2, 32).rounded(op)
+@for_each_op
+def test_a_second_device_is_used_where_the_tensors_are(name: str) -> None:
+    op = small_op("cuda", name=name)
+    call = random_call(2, 40, 2, 32, op=name).rounded(op)
     first, second = run(op, call, "cuda:0"), run(op, call, "cuda:1")
     assert torch.cuda.current_device() == 0
-    for name, value in first.items():
-        assert second[name].device.index == 1
-        assert torch.equal(value.cpu(), second[name].cpu())
+    for result, value in first.items():
+        assert second[result].device.index == 1
+        assert torch.equal(value.cpu(), second[result].cpu())

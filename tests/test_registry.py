@@ -41,7 +41,7 @@ def test_a_hit_costs_at_most_five_microseconds() -> None:
 
 
 def test_operators_are_listed() -> None:
-    assert "wkv7" in list_ops()
+    assert list_ops() == ("wkv5", "wkv6", "wkv7")
 
 
 def test_a_configuration_for_an_architecture_elsewhere_needs_no_gpu() -> None:
@@ -50,7 +50,7 @@ def test_a_configuration_for_an_architecture_elsewhere_needs_no_gpu() -> None:
 
 
 REFUSED = [
-    ({"name": "wkv9"}, "operator 'wkv9' does not exist; choose from wkv7"),
+    ({"name": "wkv9"}, "operator 'wkv9' does not exist; choose from wkv5, wkv6, wkv7"),
     ({"head_size": 96, "arch": "9.0a"}, r"wkv7: head_size=96 is not supported on sm_90a; choose f"),
     (
         {"head_size": 12},
@@ -61,7 +61,12 @@ REFUSED = [
     ({"chunk_length": 24}, "wkv7: chunk_length=24 is not supported on .*; choose from 16, 32, 64"),
     ({"dtype": torch.int8}, "dtype=torch.int8 is not supported; choose from bfloat16, float16"),
     ({"dtype": torch.float64, "arch": "8.0"}, "wkv7: dtype=fp64 is not supported on sm_80; choose"),
-    ({"decay": "exp"}, "wkv7: decay='exp' is not known; choose from loglog, logit, log"),
+    ({"decay": "exp"}, "wkv7: decay='exp' is not known; choose from loglog, logit, log, f"),
+    ({"decay": "factor"}, "wkv7: decay='factor' is not supported; choose from loglog, logit, log"),
+    (
+        {"name": "wkv6", "decay": "logit"},
+        "wkv6: decay='logit' is not supported; choose from loglog",
+    ),
     ({"state_layout": "nv"}, "wkv7: state_layout='nv' is not known; choose from vk, kv"),
     ({"state_dtype": torch.float64}, "wkv7: state_dtype='fp64' does not go with dtype='fp32'"),
     ({"build": "maybe"}, "wkv7: build='maybe' is not known; choose from auto, never, always"),

@@ -61,7 +61,8 @@ def test_templates_are_almost_free_of_jinja_control_flow() -> None:
     for path in template_dir().glob("*"):
         if path.is_file():
             lines = path.read_text().splitlines()
-            control = sum(line.lstrip().startswith("//%") for line in lines)
+            statements = [line.split() for line in lines if line.lstrip().startswith("//%")]
+            control = sum(words[1] != "include" for words in statements)
             assert control <= 0.05 * len(lines), path.name
 
 
@@ -100,19 +101,24 @@ def compile_cuda(config: OpConfig, entry: str, folder: Path) -> dict[str, dict[s
     return kernel_resources(result.stdout + result.stderr)
 
 
+TARGETS = [
+    *((arch, size, "bf16") for arch in CUDA_ARCHES for size in (64, 128)),
+    *(("sm80", size, "fp16") for size in CUDA_HEAD_SIZES),
+    ("sm90a", 128, "fp32"),
+]
+# wkv5 has the templates of wkv6.
+FEWER_TARGETS = [("sm90a", 64, "bf16"), ("sm80", 256, "fp16")]
+
+
 @pytest.mark.parametrize("entry", ENTRIES)
 @pytest.mark.parametrize(
-    ("arch", "size", "dtype"),
-    [
-        *((arch, size, "bf16") for arch in CUDA_ARCHES for size in (64, 128)),
-        *(("sm80", size, "fp16") for size in CUDA_HEAD_SIZES),
-        ("sm90a", 128, "fp32"),
-    ],
+    ("op", "arch", "size", "dtype"),
+    [(op, *row) for op in SPECS for row in (FEWER_TARGETS if op == "wkv5" else TARGETS)],
 )
 def test_every_cuda_template_compiles_and_nothing_spills(
-    arch: str, size: int, dtype: str, entry: str, tmp_path: Path
+    op: str, arch: str, size: int, dtype: str, entry: str, tmp_path: Path
 ) -> None:
-    config = OpConfig(op="wkv7", head_size=size, dtype=dtype, chunk_length=16, arch=arch)
+    config = OpConfig(op=op, head_size=size, dtype=dtype, chunk_length=16, arch=arch)
     report = compile_cuda(config, entry, tmp_path)
     assert report
     for name, resources in report.items():

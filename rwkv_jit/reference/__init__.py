@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-import torch
-
+from .sequences import Result
+from .wkv5 import wkv5
+from .wkv6 import wkv6
 from .wkv7 import wkv7
 
-Result = tuple[torch.Tensor, torch.Tensor | None]
-REFERENCES: Mapping[str, Callable[..., Result]] = {"wkv7": wkv7}
+REFERENCES: Mapping[str, Callable[..., Result]] = {
+    "wkv5": wkv5,
+    "wkv6": wkv6,
+    "wkv7": wkv7,
+}

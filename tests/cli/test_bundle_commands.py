@@ -14,7 +14,7 @@ from rwkv_jit.arch import host_cpu_arch
 from rwkv_jit.settings import current_settings
 
 NAME = "wkv7_n64_fp32_l16_x86_64_v3"
-SMALL = ("--arch", "cpu", "--head-size", "8", "--entry", "forward")
+SMALL = ("--op", "wkv7", "--arch", "cpu", "--head-size", "8", "--entry", "forward")
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def test_build_makes_a_bundle_and_an_archive(tmp_path: Path) -> None:
     run("bundle", "verify", str(tmp_path / "out"))
     (entry,) = run_json("bundle", "inspect", str(tmp_path / "out"))["entries"]
     assert entry["kernel"] == f"wkv7_n8_fp32_l16_{host_cpu_arch()}.forward"
-    again = run_json("bundle", "build", str(tmp_path / "again"), *SMALL, "--op", "wkv7")
+    again = run_json("bundle", "build", str(tmp_path / "again"), *SMALL)
     assert again["digest"] == made["digest"]
     assert "--force" in run("bundle", "build", str(tmp_path / "out"), *SMALL, code=1).stderr
     run("bundle", "build", str(tmp_path / "out"), *SMALL, "--force")

@@ -11,7 +11,7 @@
 namespace rwkv_jit {
 
 enum DtypeCode : int32_t { BF16 = 0, FP16 = 1, FP32 = 2, FP64 = 3, INT32 = 4, INT64 = 5 };
-enum DecayKind : int32_t { LOGLOG = 0, LOGIT = 1, LOG = 2 };
+enum DecayKind : int32_t { LOGLOG = 0, LOGIT = 1, LOG = 2, FACTOR = 3 };
 
 // The tokens of one sequence: [begin, end) of all B * T tokens.
 struct Sequence {

@@ -48,9 +48,17 @@ struct Decay {
   using Vector = typename VectorOf<Real, BYTES>::type;
   Vector keep, change, slope;
 
+  // From d and d - 1.
+  Decay(Vector d, Vector less_one) : slope{} { split(d, less_one); }
+
   explicit Decay(Vector w) {
     using Exp = Exponential<Real, BYTES>;
     const Vector one = Vector{} + 1;
+    if (KIND == FACTOR) {
+      split(w, w - one);
+      slope = one;
+      return;
+    }
     Vector log_d = bounded(w, FAR, -LEAST), log_slope = one;  // log_slope is dlog d / dw
     if (KIND == LOGLOG) {
       log_d = log_slope = -Exp(bounded(w, LEAST, Real(9.25))).value;
@@ -60,17 +68,24 @@ struct Decay {
       log_slope = log_d * (1 - gate);
     }
     const Exp d(log_d < LEAST ? Vector{} + LEAST : log_d);
-    const auto far_from_one = d.less_one < Real(-0.5);
-    keep = far_from_one ? Vector{} : one;
-    change = far_from_one ? d.value : d.less_one;
+    split(d.value, d.less_one);
     slope = d.value * log_slope;
   }
+
+  Vector factor() const { return keep + change; }
+  Vector factor_less_one() const { return change + (keep - 1); }
 
  private:
   // Past the first e^x is 0 (in float64 the smallest normal number); past the second d is 0 in any
   // precision, and 0 * log d is 0 because log d is finite.
   static constexpr Real LEAST = sizeof(Real) == sizeof(float) ? -88 : -708;
   static constexpr Real FAR = -1e4;
+
+  void split(Vector d, Vector less_one) {
+    const auto far_from_one = less_one < Real(-0.5);
+    keep = far_from_one ? Vector{} : Vector{} + 1;
+    change = far_from_one ? d : less_one;
+  }
 
   static Vector bounded(Vector x, Real low, Real high) {
     const Vector above = x < low ? Vector{} + low : x;

@@ -19,13 +19,22 @@ inline void store_row(const Real* from, void* to, int64_t row) {
   for (int j = 0; j < N; ++j) store(target[j], from[j]);
 }
 
-// A row of w, which is of the operator's type or float32.
+// Rows of w and u, which are of the operator's type or float32, and of their gradients.
 template <typename Element, int N, typename Real>
-inline void load_decay_row(const void* from, int32_t dtype, int64_t row, Real* to) {
+inline void load_mixed_row(const void* from, int32_t dtype, int64_t row, Real* to) {
   if (dtype == FP32) {
     load_row<float, N>(from, row, to);
   } else {
     load_row<Element, N>(from, row, to);
+  }
+}
+
+template <typename Element, int N, typename Real>
+inline void store_mixed_row(const Real* from, void* to, int32_t dtype, int64_t row) {
+  if (dtype == FP32) {
+    store_row<float, N>(from, to, row);
+  } else {
+    store_row<Element, N>(from, to, row);
   }
 }
 

@@ -42,4 +42,12 @@ inline Real lane_sum(Vector vector) {
   }
 }
 
+// The product of two rows of COUNT vectors.
+template <typename Real, int COUNT, typename Vector>
+inline Real dot(const Vector* left, const Vector* right) {
+  Vector sum = {};
+  for (int x = 0; x < COUNT; ++x) sum += left[x] * right[x];
+  return lane_sum<Real, sizeof(Vector) / sizeof(Real)>(sum);
+}
+
 }  // namespace rwkv_jit

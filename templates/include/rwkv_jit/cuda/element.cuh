@@ -3,6 +3,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "rwkv_jit/layout.h"
+
 namespace rwkv_jit {
 
 using bf16 = __nv_bfloat16;
@@ -24,6 +26,20 @@ __device__ __forceinline__ float load_at(const void* from, int64_t at) {
 template <typename Element>
 __device__ __forceinline__ void store_at(void* to, int64_t at, float value) {
   store(static_cast<Element*>(to)[at], value);
+}
+
+// w and u are of the operator's type or float32, and so are their gradients.
+template <typename Element>
+__device__ __forceinline__ float load_mixed(const void* from, int32_t dtype, int64_t at) {
+  return dtype == FP32 ? load_at<float>(from, at) : load_at<Element>(from, at);
+}
+template <typename Element>
+__device__ __forceinline__ void store_mixed(void* to, int32_t dtype, int64_t at, float value) {
+  if (dtype == FP32) {
+    store_at<float>(to, at, value);
+  } else {
+    store_at<Element>(to, at, value);
+  }
 }
 
 }  // namespace rwkv_jit

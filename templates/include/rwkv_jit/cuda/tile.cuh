@@ -48,6 +48,14 @@ struct Tile {
     return value;
   }
 
+  // The sum over a warp's rows of what all lanes of a row hold alike.
+  __device__ __forceinline__ float sum_of_rows(float value) const {
+#pragma unroll
+    for (int step = ROW_LANES / 2; step > 0; step /= 2)
+      value += __shfl_xor_sync(ALL_LANES, value, step * COLUMN_LANES);
+    return value;
+  }
+
   // Sums each column over the warp's rows and writes (or, with ADD, adds) the sums to a row of N
   // floats. Each halving leaves a lane with half as many columns; every column has one writer.
   template <bool ADD>

@@ -1,8 +1,20 @@
 #pragma once
-// One token of wkv7 for the rows that a lane holds.
+// One token for the rows that a lane holds.
 #include "rwkv_jit/cuda/tile.cuh"
 
 namespace rwkv_jit {
+
+// A lane's part of the product of two rows.
+__device__ __forceinline__ float lane_dot(const float (&left)[LANE_COLUMNS],
+                                          const float (&right)[LANE_COLUMNS]) {
+  float even = 0, odd = 0;
+#pragma unroll
+  for (int j = 0; j < LANE_COLUMNS; j += 2) {
+    even = fmaf(left[j], right[j], even);
+    odd = fmaf(left[j + 1], right[j + 1], odd);
+  }
+  return even + odd;
+}
 
 // S a, one value a row, in every lane of the row.
 template <int N, int ROWS>
@@ -12,15 +24,7 @@ __device__ __forceinline__ void state_times(const Tile<N>& tile,
   float x[LANE_COLUMNS];
   tile.read(vector, x);
 #pragma unroll
-  for (int i = 0; i < ROWS; ++i) {
-    float even = 0, odd = 0;
-#pragma unroll
-    for (int j = 0; j < LANE_COLUMNS; j += 2) {
-      even = fmaf(state[i][j], x[j], even);
-      odd = fmaf(state[i][j + 1], x[j + 1], odd);
-    }
-    product[i] = tile.row_sum(even + odd);
-  }
+  for (int i = 0; i < ROWS; ++i) product[i] = tile.row_sum(lane_dot(state[i], x));
 }
 
 // S <- S diag(d) + sa b^T + v k^T.
@@ -40,6 +44,24 @@ __device__ __forceinline__ void advance(const Tile<N>& tile, float (&state)[ROWS
     for (int j = 0; j < LANE_COLUMNS; ++j) {
       const float s = state[i][j];
       state[i][j] = fmaf(s, keep[j], fmaf(s, change[j], fmaf(sa[i], b[j], v[i] * k[j])));
+    }
+}
+
+// S <- S diag(d) + v k^T.
+template <int N, int ROWS>
+__device__ __forceinline__ void advance(const Tile<N>& tile, float (&state)[ROWS][LANE_COLUMNS],
+                                        const float (&v)[ROWS], const float* keep_row,
+                                        const float* change_row, const float* k_row) {
+  float keep[LANE_COLUMNS], change[LANE_COLUMNS], k[LANE_COLUMNS];
+  tile.read(keep_row, keep);
+  tile.read(change_row, change);
+  tile.read(k_row, k);
+#pragma unroll
+  for (int i = 0; i < ROWS; ++i)
+#pragma unroll
+    for (int j = 0; j < LANE_COLUMNS; ++j) {
+      const float s = state[i][j];
+      state[i][j] = fmaf(s, keep[j], fmaf(s, change[j], v[i] * k[j]));
     }
 }
 

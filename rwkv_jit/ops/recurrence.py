@@ -1,0 +1,91 @@
+"""The kernels that walk a sequence token by token: what every operator has of them, as rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..config import OpConfig
+from ..spec import KernelVariant, TensorSpec
+from .tensors import STATE
+
+CUDA_DTYPES = ("bf16", "fp16", "fp32")
+CPU_DTYPES = (*CUDA_DTYPES, "fp64")
+CHUNK_LENGTHS = (16, 32, 64)
+
+# Lanes own tiles of rows x columns of the state; a head of more rows than one block's registers
+# hold is worked off in groups of rows (forward: by other blocks, backward: one after another).
+_FORWARD_TILES = {
+    16: {"warps": 1, "rows_per_lane": 1, "stage_tokens": 16},
+    32: {"warps": 2, "rows_per_lane": 2, "stage_tokens": 16},
+    64: {"warps": 4, "rows_per_lane": 4, "stage_tokens": 16},
+    128: {"warps": 8, "rows_per_lane": 4, "stage_tokens": 8},
+    256: {"warps": 8, "rows_per_lane": 4, "stage_tokens": 4},
+}
+_BACKWARD_TILES = {
+    16: {"warps": 1, "rows_per_lane": 1, "step_tokens": 4},
+    32: {"warps": 2, "rows_per_lane": 2, "step_tokens": 4},
+    64: {"warps": 8, "rows_per_lane": 2, "step_tokens": 4},
+    128: {"warps": 8, "rows_per_lane": 2, "step_tokens": 2},
+    256: {"warps": 4, "rows_per_lane": 2, "step_tokens": 2},
+}
+_DSTATE = TensorSpec(
+    name="dstate",
+    shape=STATE,
+    dtype=("accumulator",),
+    meaning="gradient of the state, of the groups of rows that are not being worked on",
+)
+
+
+def recurrence_variants(
+    templates: str,
+    constants: Mapping[str, int],
+    backward_scratch: tuple[TensorSpec, ...],
+) -> tuple[KernelVariant, ...]:
+    """The variants of `<templates>_forward.cpp`, `_backward.cpp`, `_forward.cu` and
+    `_backward.cu`.
+
+    constants: what the templates take beside their sizes.
+    backward_scratch: tensors that both backward launchers need.
+    """
+    cpu = [
+        KernelVariant(
+            entry=entry,
+            template=f"{templates}_{entry}.cpp",
+            min_arch=0,
+            head_sizes=tuple(range(8, 257, 8)),
+            dtypes=CPU_DTYPES,
+            chunk_lengths=CHUNK_LENGTHS,
+            constants=lambda config: {**_cpu_constants(config), **constants},
+            scratch=scratch,
+        )
+        for entry, scratch in (("forward", ()), ("backward", backward_scratch))
+    ]
+    forward = KernelVariant(
+        entry="forward",
+        template=f"{templates}_forward.cu",
+        min_arch=80,
+        head_sizes=tuple(_FORWARD_TILES),
+        dtypes=CUDA_DTYPES,
+        chunk_lengths=CHUNK_LENGTHS,
+        constants=lambda config: {**_FORWARD_TILES[config.head_size], **constants},
+    )
+    backward = [
+        KernelVariant(
+            entry="backward",
+            template=f"{templates}_backward.cu",
+            min_arch=80,
+            head_sizes=head_sizes,
+            dtypes=CUDA_DTYPES,
+            chunk_lengths=CHUNK_LENGTHS,
+            constants=lambda config: {**_BACKWARD_TILES[config.head_size], **constants},
+            scratch=(*backward_scratch, *waiting),
+        )
+        for head_sizes, waiting in (((16, 32, 64), ()), ((128, 256), (_DSTATE,)))
+    ]
+    return (*cpu, forward, *backward)
+
+
+def _cpu_constants(config: OpConfig) -> Mapping[str, int]:
+    widest = {"x86_64_v4": 64, "x86_64_v3": 32}.get(config.arch, 16)
+    row_bytes = config.head_size * (8 if config.dtype == "fp64" else 4)
+    return {"vector_bytes": widest if row_bytes % widest == 0 else 32}

@@ -1,0 +1,83 @@
+// The forward kernel of a recurrence: one block per sequence, head and group of rows. Rows of S
+// need nothing of each other. They stay in registers; a stage of tokens is read, converted and
+// gated once by the block and then shared. The operator's template has the vectors of a token,
+// load_token and run_token.
+namespace {
+
+constexpr int STAGE = {{stage_tokens}};
+static_assert(L % STAGE == 0, "a checkpoint falls on the first token of a stage");
+
+__device__ __forceinline__ void store_checkpoint(const Arguments& args, const Tile<N>& tile,
+                                                 int64_t head, int64_t place, int first_row,
+                                                 const float (&state)[ROWS][LANE_COLUMNS]) {
+  if (args.checkpoints == nullptr) return;
+  float* to = static_cast<float*>(args.checkpoints) + (place * args.H + head) * N * N;
+#pragma unroll
+  for (int i = 0; i < ROWS; ++i) tile.write(state[i], to + (first_row + i) * N);
+}
+
+__global__ void __launch_bounds__(THREADS) forward_kernel(const Arguments args) {
+  __shared__ __align__(16) float tokens[STAGE][VECTORS][N];
+  const Tile<N> tile;
+  const int64_t head_index = blockIdx.x / GROUPS;  // s * H + head
+  const int64_t head = head_index % args.H;
+  const int first_row = static_cast<int>(blockIdx.x % GROUPS) * BLOCK_ROWS +
+                        static_cast<int>(threadIdx.x / 32) * WARP_ROWS + tile.row_lane * ROWS;
+  const Sequence sequence = find_sequence(args, head_index / args.H, L);
+
+  float state[ROWS][LANE_COLUMNS];
+#pragma unroll
+  for (int i = 0; i < ROWS; ++i)
+#pragma unroll
+    for (int j = 0; j < LANE_COLUMNS; ++j)
+      state[i][j] = args.initial_state == nullptr
+                        ? 0.0f
+                        : load_at<StateElement>(
+                              args.initial_state,
+                              head_index * N * N + state_index(first_row + i, tile.column(j)));
+
+  int64_t checkpoint = sequence.first_checkpoint;
+  for (int64_t first = sequence.begin; first < sequence.end; first += STAGE) {
+    const int count = static_cast<int>(min(sequence.end - first, static_cast<int64_t>(STAGE)));
+    if ((first - sequence.begin) % L == 0)
+      store_checkpoint(args, tile, head, checkpoint++, first_row, state);
+    __syncthreads();  // the last stage's readers are done
+    for (int at = threadIdx.x; at < count * N; at += THREADS) {
+      const int t = at / N, j = at % N;
+      load_token(args, first + t, head, j, tokens[t]);
+    }
+    __syncthreads();
+    for (int t = 0; t < count; ++t) {
+      float y[ROWS];
+      run_token(tile, tokens[t], first_row, state, y);
+      if (tile.column_lane == 0) {
+#pragma unroll
+        for (int i = 0; i < ROWS; ++i)
+          store_at<Element>(args.y, ((first + t) * args.H + head) * N + first_row + i, y[i]);
+      }
+    }
+  }
+
+  // A place that no chunk needs is written all the same, so that no output is left undefined.
+  if (checkpoint < sequence.first_checkpoint + sequence.checkpoints)
+    store_checkpoint(args, tile, head, checkpoint, first_row, state);
+
+  if (args.final_state == nullptr) return;
+#pragma unroll
+  for (int i = 0; i < ROWS; ++i)
+#pragma unroll
+    for (int j = 0; j < LANE_COLUMNS; ++j)
+      store_at<StateElement>(args.final_state,
+                             head_index * N * N + state_index(first_row + i, tile.column(j)),
+                             state[i][j]);
+}
+
+}  // namespace
+
+RWKV_JIT_EXPORT int rwkv_jit_launch(const Arguments* args) {
+  const int64_t blocks = args->S * args->H * GROUPS;
+  if (blocks == 0) return cudaSuccess;
+  const auto stream = static_cast<cudaStream_t>(args->stream);
+  forward_kernel<<<static_cast<unsigned>(blocks), THREADS, 0, stream>>>(*args);
+  return cudaGetLastError();
+}

@@ -1,0 +1,152 @@
+"""rwkv, the package of RWKV-LM's author, with its kernels for RWKV-5.2 and RWKV-6 replaced by ours.
+
+The package's own loops in plain PyTorch are the oracle here. Checkpoints are random. Relative RMS
+errors are asserted: 1e-5 for logits and states in float32.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from comparing import relative_rms
+from rwkv_jit import get_op
+
+pytest.importorskip("rwkv")
+
+LIMIT = 1e-5
+LAYERS, VOCABULARY, WIDTH, HEADS, HEAD_SIZE = 2, 97, 128, 2, 64
+VERSIONS = {"wkv5": "5_2", "wkv6": "6_0"}
+
+on_each_device = pytest.mark.parametrize(
+    "device",
+    [pytest.param("cpu", id="cpu"), pytest.param("cuda", id="cuda", marks=pytest.mark.gpu)],
+)
+
+
+@pytest.fixture
+def client(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The package's module as it is with kernels, but with none built."""
+    for name, value in (("RWKV_JIT_ON", "0"), ("RWKV_CUDA_ON", "1"), ("RWKV_V7_ON", "0")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.utils.cpp_extension.load", lambda **_: None)
+    monkeypatch.delitem(sys.modules, "rwkv.model", raising=False)
+    # It sets them for the whole process.
+    flags = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [flag.allow_tf32 for flag in flags], torch.backends.cudnn.benchmark
+    yield importlib.import_module("rwkv.model")
+    for flag, value in zip(flags, before[0], strict=True):
+        flag.allow_tf32 = value
+    torch.backends.cudnn.benchmark = before[1]
+    del sys.modules["rwkv.model"]
+
+
+def write_checkpoint(path: Path, op: str) -> None:
+    """A checkpoint in RWKV-LM's format whose every parameter is random."""
+    found: dict[str, torch.Tensor] = {}
+
+    def draw(name: str, *shape: int, scale: float = 0.05, mean: float = 0.0) -> None:
+        found[name] = torch.randn(shape) * scale + mean
+
+    def norm(name: str) -> None:
+        draw(f"{name}.weight", WIDTH, mean=1.0)
+        draw(f"{name}.bias", WIDTH)
+
+    def mixes(prefix: str, names: str) -> None:
+        for name in names:
+            found[prefix + name] = torch.rand(1, 1, WIDTH)
+
+    draw("emb.weight", VOCABULARY, WIDTH, scale=0.5)
+    norm("blocks.0.ln0")
+    for layer in range(LAYERS):
+        block = f"blocks.{layer}."
+        for name in ("ln1", "ln2", "att.ln_x"):
+            norm(block + name)
+        for name in ("receptance", "key", "value", "gate", "output"):
+            draw(f"{block}att.{name}.weight", WIDTH, WIDTH, scale=0.1)
+        draw(f"{block}att.time_faaaa", HEADS, HEAD_SIZE, scale=1.0)
+        if op == "wkv6":
+            mixes(f"{block}att.time_maa_", "xwkvrg")
+            mixes(f"{block}ffn.time_maa_", "kr")
+            draw(f"{block}att.time_maa_w1", WIDTH, 5 * 32)
+            draw(f"{block}att.time_maa_w2", 5, 32, WIDTH)
+            draw(f"{block}att.time_decay", 1, 1, WIDTH, scale=2.0, mean=-1.0)
+            draw(f"{block}att.time_decay_w1", WIDTH, 64)
+            draw(f"{block}att.time_decay_w2", 64, WIDTH)
+        else:
+            mixes(f"{block}att.time_mix_", "kvrg")
+            mixes(f"{block}ffn.time_mix_", "kr")
+            draw(f"{block}att.time_decay", HEADS, HEAD_SIZE, scale=2.0, mean=-1.0)
+        draw(f"{block}ffn.key.weight", 4 * WIDTH, WIDTH, scale=0.1)
+        draw(f"{block}ffn.receptance.weight", WIDTH, WIDTH, scale=0.1)
+        draw(f"{block}ffn.value.weight", WIDTH, 4 * WIDTH, scale=0.1)
+    norm("ln_out")
+    draw("head.weight", VOCABULARY, WIDTH, scale=0.1)
+    torch.save(found, path)
+
+
+def run_kernel(
+    op: str, state: torch.Tensor, tokens: tuple[torch.Tensor, ...], w: torch.Tensor, u: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The client's kernel by ours.
+
+    state: [H, N, N] (value, key).
+    tokens: r, k and v, each [T, C].
+    w: of RWKV-6 raw, [1, T, H, N] in any shape; of RWKV-5 the factor, [H, N, 1].
+    Returns y [1, T, C] and the next state.
+    """
+    r, k, v = (x.view(1, -1, HEADS, HEAD_SIZE) for x in tokens)
+    w = w.view(r.shape if op == "wkv6" else u.shape[:2])
+    function = get_op(
+        op, head_size=HEAD_SIZE, dtype=r.dtype, device=r.device,
+        decay="loglog" if op == "wkv6" else "factor",
+    )  # fmt: skip
+    y, final = function(r, w, k, v, u.squeeze(-1), state[None], True)
+    assert final is not None
+    return y.flatten(2), final[0]
+
+
+@on_each_device
+@pytest.mark.parametrize("op", VERSIONS)
+def test_logits_and_states_match_its_own_loops(
+    op: str, device: str, client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_checkpoint(tmp_path / "model.pth", op)
+    model = client.RWKV(str(tmp_path / "model"), f"{device} fp32", verbose=False)
+    version = VERSIONS[op]
+    own, with_kernel = (getattr(model, f"{prefix}att_seq_v{version}") for prefix in ("", "cuda_"))
+    lengths: list[int] = []
+
+    def run(
+        _batch: int, length: int, _width: int, _heads: int, state: torch.Tensor,
+        *tokens: torch.Tensor, w: torch.Tensor, u: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        lengths.append(length)
+        return run_kernel(op, state, tokens, w, u)
+
+    monkeypatch.setattr(model, f"RUN_RWKV_{version[0]}", run)
+
+    def results(attention: Any) -> list[torch.Tensor]:
+        """Logits and states of two prompts, one after the other, and a token."""
+        for prefix in ("", "cuda_"):
+            monkeypatch.setattr(model, f"{prefix}att_seq_v{version}", attention)
+        torch.manual_seed(0)
+        first, second = torch.randint(VOCABULARY, (2, 37)).tolist()
+        found, state = [], None
+        for ids in (first, second[:2], second[2:3]):
+            logits, state = model.forward(ids, state, full_output=True)
+            found += [logits, *(x.clone() for x in state)]
+        return found
+
+    truth = results(own)
+    assert lengths == []
+    ours = results(with_kernel)
+    assert lengths == [37] * LAYERS + [2] * LAYERS
+    for value, right in zip(ours, truth, strict=True):
+        assert relative_rms(value, right) <= LIMIT
