@@ -1,7 +1,7 @@
 // wkv7 backward on tensor cores: one block per sequence and head, spans of CHUNKS chunks of 16
-// tokens from the last to the first. In a span: its warps prepare the chunks as in the forward;
-// then the first STATE_WARPS of them, each with 16 rows, take the state from the span's checkpoint
-// through the chunks, keeping the state before each, and D = dL/dS back, chunk by chunk
+// tokens from the last to the first. In a span: its warps prepare the chunks as in the forward; then
+// the first STATE_WARPS of them, each with 16 rows, take the state from the span's checkpoint
+// through the chunks, keeping the state before each, and D = dL/dS back through them, chunk by chunk
 //   E = D B^^T   dV = K'' D^T + M^T dY   dX = T^T (A_qb^T dY + E^T)
 //   D <- D diag(P_L) + E W + dY^T R'
 // and all warps work out those chunks' gradients (each 16 channels of one; names as in
@@ -33,9 +33,8 @@ struct Scanned {
   bf16 dx[N][PADDED];  // dX
 };
 
-// With twice the warps that the state needs, the second half works out gradients as soon as a chunk
-// is scanned; the first half helps it with the triangles of all chunks but the last, and with
-// chunk HELPED when it has scanned them all.
+// With twice the warps that the state needs the second half works out gradients as soon as a chunk
+// is scanned, and the first half those of chunk HELPED when it has scanned them all.
 constexpr int GROUPS = WARPS / STATE_WARPS;
 static_assert(WARPS == GROUPS * STATE_WARPS && GROUPS <= 2);
 constexpr int HELPED = 1, SCANNED = GROUPS == 1 ? 1 : CHUNKS;
@@ -364,18 +363,13 @@ __device__ __forceinline__ void fetch_chunk(const Arguments& args, const Tokens&
   fetch_rows<TOKENS, GROUP>(args.dy, tokens, token, thread, &shared.dy[at * TOKENS]);
 }
 
-// The gradients of a chunk's triangles, by a group that sees all of D, U and dX.
-__device__ __forceinline__ void triangle_gradients(Shared& shared, int at) {
-  const int member = threadIdx.x / 32 % STATE_WARPS;
-  if (member < TRIANGLES) triangle_gradient(shared, at, member);
-}
-
-// The other gradients, by a group that sees those; then the chunk's tensors of the span before are
-// asked for.
+// The gradients of a scanned chunk, by a group; then its tensors of the span before are asked for.
 __device__ __forceinline__ void chunk_gradients(const Arguments& args, const Tokens& tokens,
                                                 int first, Shared& shared, int at) {
-  channel_gradients(args, tokens, first + at * TOKENS, shared, at,
-                    threadIdx.x / 32 % STATE_WARPS * 16);
+  const int member = threadIdx.x / 32 % STATE_WARPS;
+  if (member < TRIANGLES) triangle_gradient(shared, at, member);
+  sync_group();
+  channel_gradients(args, tokens, first + at * TOKENS, shared, at, member * 16);
   sync_group();  // its readers are done
   if (first > 0) fetch_chunk(args, tokens, first - SPAN, shared, at);
 }
@@ -422,29 +416,21 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) backward_kernel(const Argumen
       scan_span_forward(checkpoint, shared, chunks);
       for (int at = chunks - 1; at >= 0; --at) {
         scan_backward(args, tokens, first + at * TOKENS, shared, at, d);
-        if (GROUPS == 1 || at < chunks - 1) {
-          sync_group();  // D, U and dX of all rows are there
-          triangle_gradients(shared, at);
-        }
         if constexpr (GROUPS == 1) {
-          sync_group();
+          sync_group();  // D, U and dX of all rows are there
           chunk_gradients(args, tokens, first, shared, at);
-        } else if (at != HELPED || at == chunks - 1) {
+        } else if (at != HELPED) {
           arrive_at<THREADS>(SCANNED_BARRIER + at);
         }
       }
-      if (GROUPS > 1 && chunks - 1 > HELPED) {
+      if (GROUPS > 1 && chunks > HELPED) {
         sync_group();
         chunk_gradients(args, tokens, first, shared, HELPED);
       }
     } else {
       for (int at = chunks - 1; at >= 0; --at) {
-        if (at == HELPED && at < chunks - 1) continue;
+        if (at == HELPED) continue;
         wait_at<THREADS>(SCANNED_BARRIER + at);
-        if (at == chunks - 1) {
-          triangle_gradients(shared, at);
-          sync_group();
-        }
         chunk_gradients(args, tokens, first, shared, at);
       }
     }
