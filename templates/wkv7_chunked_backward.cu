@@ -19,132 +19,11 @@
 #include "rwkv_jit/cuda/element.cuh"
 #include "rwkv_jit/cuda/wkv7_chunk_gradient.cuh"
 //% include "chunked_types.h"
+//% include "wkv7_chunked_scans.h"
 
 namespace {
 
 using namespace rwkv_jit;
-
-using StateRows = bf16[N][ROW];  // a state, rounded, [value, key]
-
-// What the scans leave of a chunk for its gradients.
-struct Scanned {
-  StateRows d;         // D after the chunk
-  bf16 u[N][PADDED];   // U, [value, token]
-  bf16 dx[N][PADDED];  // dX
-};
-
-// With twice the warps that the state needs the second half works out gradients as soon as a chunk
-// is scanned, and the first half those of chunk HELPED when it has scanned them all.
-constexpr int GROUPS = WARPS / STATE_WARPS;
-static_assert(WARPS == GROUPS * STATE_WARPS && GROUPS <= 2);
-constexpr int HELPED = 1, SCANNED = GROUPS == 1 ? 1 : CHUNKS;
-// Numbered barriers, after those of the chunks: of a group, and that a chunk is scanned.
-constexpr int GROUP_BARRIER = 1 + CHUNKS, SCANNED_BARRIER = GROUP_BARRIER + GROUPS;
-static_assert(SCANNED_BARRIER + CHUNKS <= 16);
-
-struct Work {
-  StateRows state[CHUNKS];  // before each chunk
-  Scanned scanned[SCANNED];
-};
-
-struct Shared {
-  Chunk chunks[CHUNKS];
-  bf16 v[SPAN][ROW], dy[SPAN][ROW];
-  Raw raw[CHUNKS];
-  union {
-    Partials partials[CHUNKS];  // until the chunks are prepared
-    Work work;
-  };
-};
-
-// The triangles' gradients take the place of K'', which then is done with.
-__device__ __forceinline__ bf16* triangle_of(Chunk& chunk, int which) {
-  return &chunk.k[0][0] + which * TOKENS * PADDED;
-}
-static_assert(sizeof(Chunk::k) + sizeof(Chunk::b) >= TRIANGLES * TOKENS * PADDED * 2,
-              "they fit over K'' and B^");
-
-__device__ __forceinline__ void load_checkpoint(const float* checkpoint, State& state) {
-  const float4* from = checkpoint_place(checkpoint);
-#pragma unroll
-  for (int tile = 0; tile < 2 * STEPS; ++tile) {
-    const float4 four = from[tile * 32];
-    Accumulator& to = state[tile / 2][tile % 2];
-    to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
-  }
-}
-
-// S or D for this warp's rows, rounded, to rows of shared memory.
-__device__ __forceinline__ void store_state_rows(const State& state, StateRows& to) {
-#pragma unroll
-  for (int step = 0; step < STEPS; ++step)
-    store_rows(to_operand(state[step][0], state[step][1]), &to[own_value()][16 * step]);
-}
-
-// The state through one chunk.
-__device__ __forceinline__ void scan_forward(Shared& shared, int at, State& state) {
-  const Chunk& chunk = shared.chunks[at];
-  Accumulator u[2] = {};
-  OperandA values;
-  OperandB right;
-  load_transposed<ROW>(&shared.v[at * TOKENS][own_value()], values);
-#pragma unroll
-  for (int step = 0; step < STEPS; ++step) {
-    load_transposed<ROW>(&chunk.w[0][16 * step], right);
-    add_product(u, to_operand(state[step][0], state[step][1]), right);
-  }
-  step_state(state, chunk, values, chunk.k, to_operand(u[0], u[1]), chunk.b);
-}
-
-// U of this warp's values, from the state before the chunk.
-__device__ __forceinline__ void store_u(Shared& shared, int at, Scanned& to) {
-  const Chunk& chunk = shared.chunks[at];
-  Accumulator u[2] = {};
-  OperandA left;
-  OperandB right;
-#pragma unroll
-  for (int step = 0; step < STEPS; ++step) {
-    load<ROW>(&shared.work.state[at][own_value()][16 * step], left);
-    load_transposed<ROW>(&chunk.w[0][16 * step], right);
-    add_product(u, left, right);
-  }
-  load_transposed<ROW>(&shared.v[at * TOKENS][own_value()], left);
-  load<TOKENS>(chunk.solved[TOKENS], right);
-  add_product(u, left, right);
-  store_tile<PADDED>(u[0], &to.u[own_value()][0]);
-  store_tile<PADDED>(u[1], &to.u[own_value()][8]);
-}
-
-// D back through one chunk: dV, and for the gradients D after the chunk, U and dX.
-__device__ __forceinline__ void scan_backward(const Arguments& args, const Tokens& tokens,
-                                              int first, Shared& shared, int at, State& d) {
-  Scanned& to = shared.work.scanned[at % SCANNED];
-  store_u(shared, at, to);
-  const Chunk& chunk = shared.chunks[at];
-  Accumulator e[2] = {}, dv[2] = {}, dx[2] = {};
-  OperandA dy;
-  OperandB right;
-  load_transposed<ROW>(&shared.dy[at * TOKENS][own_value()], dy);
-#pragma unroll
-  for (int step = 0; step < STEPS; ++step) {
-    const OperandA rows = to_operand(d[step][0], d[step][1]);
-    store_rows(rows, &to.d[own_value()][16 * step]);
-    load_transposed<ROW>(&chunk.b[0][16 * step], right);
-    add_product(e, rows, right);
-    load_transposed<ROW>(&chunk.k[0][16 * step], right);
-    add_product(dv, rows, right);
-  }
-  load<PADDED>(&chunk.m[0][0], right);
-  add_product(dv, dy, right);
-  store_values(dv, args.dv, tokens, first);
-  step_state(d, chunk, dy, chunk.r, to_operand(e[0], e[1]), chunk.w);
-  load<PADDED>(&chunk.qb[0][0], right);
-  add_product(e, dy, right);  // dU
-  load_transposed<TOKENS>(chunk.solved[0], right);
-  add_product(dx, to_operand(e[0], e[1]), right);
-  store_tile<PADDED>(dx[0], &to.dx[own_value()][0]);
-  store_tile<PADDED>(dx[1], &to.dx[own_value()][8]);
-}
 
 // The gradient of one of a chunk's triangles, by this warp.
 __device__ __forceinline__ void triangle_gradient(Shared& shared, int at, int which) {
@@ -372,19 +251,6 @@ __device__ __forceinline__ void chunk_gradients(const Arguments& args, const Tok
   channel_gradients(args, tokens, first + at * TOKENS, shared, at, member * 16);
   sync_group();  // its readers are done
   if (first > 0) fetch_chunk(args, tokens, first - SPAN, shared, at);
-}
-
-// The state through a span's chunks.
-__device__ __forceinline__ void scan_span_forward(const float* checkpoint, Shared& shared,
-                                                  int chunks) {
-  State state;
-  load_checkpoint(checkpoint, state);
-  store_state_rows(state, shared.work.state[0]);
-  for (int at = 0; at + 1 < chunks; ++at) {
-    scan_forward(shared, at, state);
-    store_state_rows(state, shared.work.state[at + 1]);
-  }
-  __syncwarp();  // the warp's rows of the states are there
 }
 
 __global__ void __launch_bounds__(THREADS, BLOCKS) backward_kernel(const Arguments args) {
