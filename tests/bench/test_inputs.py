@@ -11,7 +11,7 @@ from rwkv_jit.bench.cases import Case, Shape
 from rwkv_jit.bench.inputs import draw, draw_gradient, fewest_bytes
 from rwkv_jit.config import OpConfig
 from rwkv_jit.ops import get_spec
-from rwkv_jit.reference.decay import log_decay
+from rwkv_jit.reference.decay import decay_factor
 
 
 def test_inputs_are_the_same_from_call_to_call(case: Case, config: OpConfig) -> None:
@@ -39,7 +39,7 @@ def test_every_convention_writes_the_same_decays(case: Case, config: OpConfig, d
     spec, double = get_spec(case.op), replace(config, dtype="fp64", state_dtype="fp64")
     ours = draw(spec, double, case.shape, "cpu")
     theirs = draw(spec, replace(double, decay=decay), case.shape, "cpu")
-    factors = [log_decay(x["w"], kind) for x, kind in ((ours, "loglog"), (theirs, decay))]
+    factors = [decay_factor(x["w"], kind) for x, kind in ((ours, "loglog"), (theirs, decay))]
     torch.testing.assert_close(*factors, rtol=1e-12, atol=0)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours if name != "w")
 
