@@ -26,14 +26,14 @@ def test_runs_go_on_until_the_time_is_over() -> None:
 
 def test_quartiles_are_those_of_the_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     times = itertools.chain([100.0], itertools.cycle([5.0, 1.0, 3.0, 2.0, 4.0]))
-    monkeypatch.setattr(timing, "_time_on_cpu", lambda _work: next(times))
+    monkeypatch.setattr(timing, "_times_on_cpu", lambda _work, _count: [next(times)])
     taken = time_of(lambda: None, "cpu", 0.0)
     assert (taken.lower_ms, taken.median_ms, taken.upper_ms) == (2.0, 3.0, 4.0)
 
 
 def test_a_copy_reads_and_writes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "_COPIED_FLOATS", {"cpu": 1000})
-    monkeypatch.setattr(timing, "_time_on_cpu", lambda _work: 2.0)
+    monkeypatch.setattr(timing, "_times_on_cpu", lambda _work, _count: [2.0])
     assert copy_bandwidth("cpu", 0.0) == 2 * 4000 / 2e-3
 
 
@@ -54,3 +54,12 @@ def test_a_gpu_is_waited_for() -> None:
     # About a millisecond and more, which the host alone would queue in microseconds.
     taken = time_of(lambda: torch.cuda._sleep(2_000_000), "cuda", 0.0)
     assert taken.median_ms > 0.5
+
+
+@pytest.mark.gpu
+def test_the_host_is_ahead_of_the_gpu() -> None:
+    def work() -> None:
+        time.sleep(20e-6)
+        torch.cuda._sleep(1000)
+
+    assert time_of(work, "cuda", 0.0).median_ms < 0.02

@@ -35,10 +35,11 @@ def test_the_table_names_the_kernels_and_compares_with_the_loop() -> None:
     assert lines[at + 4].split()[:2] == ["loop", "ok"]
 
 
-def test_json_says_what_was_measured_where_and_how() -> None:
+def test_json_says_what_was_measured_where_and_how(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["/bin/rwkv-jit", "bench", "--op", "a b"])
     data = run_json(*QUICK, "--shape", "1,21,2,8", "--dtype", "fp32")
     assert {"device", "arch", "torch", "cuda", "driver", "nvcc", "host_compiler"} < set(data)
-    assert data["command"].startswith("rwkv-jit ")
+    assert data["command"] == "rwkv-jit bench --op 'a b'"
     assert data["copy_bytes_per_second"] > 0
     found = [(result["shape"], result["by"], result["status"]) for result in data["results"]]
     assert found == [
