@@ -11,6 +11,8 @@ from .errors import ConfigError
 DTYPES = ("bf16", "fp16", "fp32", "fp64")
 DECAYS = ("loglog", "logit", "log", "factor")
 STATE_LAYOUTS = ("vk", "kv")
+# The states that the forward keeps for the backward: in the dtype that is computed in, or rounded.
+CHECKPOINT_DTYPES = ("accumulator", "bf16")
 ENTRIES = ("forward", "backward")
 MAX_HEAD_SIZE = 256
 DEFAULT_CHUNK_LENGTH = 16
@@ -18,7 +20,8 @@ DEFAULT_CHUNK_LENGTH = 16
 _SLUG = re.compile(
     r"(?P<op>[a-z][a-z0-9]*(?:_decode)?)_n(?P<head_size>\d+)_(?P<dtype>bf16|fp16|fp32|fp64)"
     r"_l(?P<chunk_length>\d+)_(?P<arch>sm\d+[af]?|x86_64_v\d|aarch64)"
-    r"(?:_(?P<decay>logit|log|factor))?(?:_s(?P<state_dtype>bf16|fp16|fp32|fp64))?(?P<layout>_kv)?",
+    r"(?:_(?P<decay>logit|log|factor))?(?:_s(?P<state_dtype>bf16|fp16|fp32|fp64))?(?P<layout>_kv)?"
+    r"(?:_c(?P<checkpoint_dtype>bf16))?",
     # Digits of other scripts are no part of an identifier.
     re.ASCII,
 )
@@ -41,6 +44,7 @@ class OpConfig:
     decay: what w means, one of DECAYS.
     state_dtype: of initial_state and final_state.
     state_layout: order of the state's last two axes, "vk" (value, key) or "kv".
+    checkpoint_dtype: of the states kept for the backward, one of CHECKPOINT_DTYPES.
 
     Raises ConfigError for values outside these sets. Which combinations an operator has kernels
     for is its spec's to say.
@@ -54,12 +58,14 @@ class OpConfig:
     decay: str = "loglog"
     state_dtype: str = "fp32"
     state_layout: str = "vk"
+    checkpoint_dtype: str = "accumulator"
 
     def __post_init__(self) -> None:
         _choose(self.op, "dtype", self.dtype, DTYPES)
         _choose(self.op, "decay", self.decay, DECAYS)
         _choose(self.op, "state_dtype", self.state_dtype, DTYPES)
         _choose(self.op, "state_layout", self.state_layout, STATE_LAYOUTS)
+        _choose(self.op, "checkpoint_dtype", self.checkpoint_dtype, CHECKPOINT_DTYPES)
         for name, value in (("head_size", self.head_size), ("chunk_length", self.chunk_length)):
             if type(value) is not int or not 1 <= value <= MAX_HEAD_SIZE:
                 raise ConfigError(
@@ -71,12 +77,14 @@ class OpConfig:
     @property
     def slug(self) -> str:
         """The configuration as a C identifier, e.g. `wkv7_n64_bf16_l16_sm90a`; what differs from
-        the default decay, state dtype and state layout follows the architecture."""
+        the default decay, state dtype, state layout and checkpoint dtype follows the
+        architecture."""
         parts = [
             f"{self.op}_n{self.head_size}_{self.dtype}_l{self.chunk_length}_{self.arch}",
             "" if self.decay == "loglog" else f"_{self.decay}",
             "" if self.state_dtype == default_state_dtype(self.dtype) else f"_s{self.state_dtype}",
             "" if self.state_layout == "vk" else f"_{self.state_layout}",
+            "" if self.checkpoint_dtype == "accumulator" else f"_c{self.checkpoint_dtype}",
         ]
         return "".join(parts)
 
@@ -97,6 +105,7 @@ class OpConfig:
             decay=match["decay"] or "loglog",
             state_dtype=match["state_dtype"] or default_state_dtype(match["dtype"]),
             state_layout="kv" if match["layout"] else "vk",
+            checkpoint_dtype=match["checkpoint_dtype"] or "accumulator",
         )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .arch import cuda_arch_of_capability, host_cpu_arch, is_cuda, parse_arch
-from .arguments import check_arguments
+from .arguments import check_arguments, dtype_of
 from .autograd import torch_ops
 from .config import DEFAULT_CHUNK_LENGTH, ENTRIES, OpConfig, default_state_dtype
 from .errors import ArgumentError, ConfigError
@@ -107,8 +107,9 @@ class Op:
             KERNELS.get(self._slug, entry)
 
     def info(self) -> dict[str, Any]:
-        """What this operator is, and for each kernel that is loaded where its binary lies, what
-        the compiler said of it (registers, spills, shared memory) and how long it took to build."""
+        """What this operator is, the bytes of states that a forward keeps for the backward, and for
+        each kernel that is loaded where its binary lies, what the compiler said of it (registers,
+        spills, shared memory) and how long it took to build."""
         kernels: dict[str, Any] = {}
         for entry in ENTRIES:
             loaded = KERNELS.peek(self._slug, entry)
@@ -126,8 +127,15 @@ class Op:
             "summary": self._spec.summary,
             "formula": self._spec.formula,
             "mode": current_settings().mode,
+            "kept_bytes_per_token_and_head": self._kept_bytes(),
             "kernels": kernels,
         }
+
+    def _kept_bytes(self) -> float:
+        """Of checkpoints, where a sequence is long; a short one has one more than whole spans."""
+        dtype = dtype_of("checkpoint", self.config, {})
+        spacing = self._spec.checkpoint_spacing(self.config, "forward")
+        return float(self.config.head_size**2 * dtype.itemsize / spacing)
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         parameters = self._spec.parameters
@@ -204,6 +212,7 @@ def get_op(
     decay: str = "loglog",
     state_dtype: torch.dtype | None = None,
     state_layout: str = "vk",
+    checkpoint_dtype: torch.dtype | None = None,
     build: str = "auto",
 ) -> Op:
     """The operator of one configuration. The same configuration is the same object.
@@ -219,6 +228,9 @@ def get_op(
         alone), "log" d = exp(w), "factor" d = w (wkv5 alone).
     state_dtype: of the states passed in and out; None is float32 (float64 for float64).
     state_layout: order of a state's last axes: "vk" (value, key) or "kv".
+    checkpoint_dtype: of the states that the forward keeps for the backward, which `op.info()`
+        counts; None is float32 (float64 for float64). bfloat16, for tensor-core kernels, halves
+        their memory and rounds what the gradients are made of once more.
     build: on a cache miss at the first call: "auto" builds, "never" is an error, "always" builds
         even on a hit.
 
@@ -226,8 +238,8 @@ def get_op(
     kernel serves, with the choices.
     """
     return _get_op(
-        name, head_size, dtype, chunk_length, device, arch, decay, state_dtype, state_layout, build,
-        _current_gpu(),
+        name, head_size, dtype, chunk_length, device, arch, decay, state_dtype, state_layout,
+        checkpoint_dtype, build, _current_gpu(),
     )  # fmt: skip
 
 
@@ -248,6 +260,7 @@ def _get_op(
     decay: str,
     state_dtype: torch.dtype | None,
     state_layout: str,
+    checkpoint_dtype: torch.dtype | None,
     build: str,
     current_gpu: int | None,
 ) -> Op:
@@ -257,6 +270,7 @@ def _get_op(
         )
     spec = get_spec(name)
     short = dtype_name(dtype)
+    kept = None if checkpoint_dtype is None else dtype_name(checkpoint_dtype)
     config = OpConfig(
         op=name,
         head_size=head_size,
@@ -266,6 +280,7 @@ def _get_op(
         decay=decay,
         state_dtype=default_state_dtype(short) if state_dtype is None else dtype_name(state_dtype),
         state_layout=state_layout,
+        checkpoint_dtype="accumulator" if kept in (None, default_state_dtype(short)) else kept,
     )
     spec.check(config)
     if build != "auto":

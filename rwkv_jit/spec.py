@@ -65,6 +65,7 @@ class KernelVariant:
     shared_bytes: shared memory of a block; architectures whose blocks have less are not served.
     checkpoint_tokens: tokens between two state checkpoints; 0 is the chunk length. The forward and
         backward variants of a configuration have the same.
+    checkpoint_dtypes: what those may be stored in.
     """
 
     entry: str
@@ -77,6 +78,7 @@ class KernelVariant:
     scratch: tuple[TensorSpec, ...] = ()
     shared_bytes: int = 0
     checkpoint_tokens: int = 0
+    checkpoint_dtypes: tuple[str, ...] = ("accumulator",)
 
     def runs_on(self, arch: str) -> bool:
         """Whether this variant's kernel runs on `arch`."""
@@ -112,6 +114,7 @@ class OpSpec:
                 config.head_size in variant.head_sizes
                 and config.dtype in variant.dtypes
                 and config.chunk_length in variant.chunk_lengths
+                and config.checkpoint_dtype in variant.checkpoint_dtypes
             ):
                 return variant
         raise ConfigError(self._refusal(config, here))
@@ -151,4 +154,25 @@ class OpSpec:
                     f"{self.name}: {name}={value} is not supported on {shown}; "
                     f"choose from {', '.join(map(str, choices))}"
                 )
-        return f"{self.name} has no kernel for {config.slug}"
+        served = [v for v in here if config.checkpoint_dtype in v.checkpoint_dtypes]
+        if not served:
+            return (
+                f"{self.name}: checkpoint_dtype={config.checkpoint_dtype} is not supported on "
+                f"{shown}; leave it out"
+            )
+        return (
+            f"{self.name}: on {shown} checkpoint_dtype={config.checkpoint_dtype} goes with "
+            f"{_listed('dtype', served, lambda v: v.dtypes)}, "
+            f"{_listed('head_size', served, lambda v: v.head_sizes)} and "
+            f"{_listed('chunk_length', served, lambda v: v.chunk_lengths)} alone"
+        )
+
+
+def _listed(
+    name: str,
+    variants: list[KernelVariant],
+    choices: Callable[[KernelVariant], tuple[int | str, ...]],
+) -> str:
+    """A knob and what the variants serve of it, as `head_size 64 or 128`."""
+    values = dict.fromkeys(value for variant in variants for value in choices(variant))
+    return f"{name} {' or '.join(map(str, values))}"

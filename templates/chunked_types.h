@@ -67,10 +67,13 @@ __device__ __forceinline__ Tokens tokens_of(const Arguments& args,
 }
 
 // Checkpoints lie as the lanes hold them: [warp, step, tile, lane, 4].
-template <typename Float>
-__device__ __forceinline__ auto checkpoint_place(Float* checkpoint) {
-  using Four = std::conditional_t<std::is_const_v<Float>, const float4, float4>;
-  return reinterpret_cast<Four*>(checkpoint) + threadIdx.x / 32 * STEPS * 2 * 32 + threadIdx.x % 32;
+using CheckpointPart = std::conditional_t<{{rounded_checkpoints}}, uint2, float4>;
+constexpr int CHECKPOINT_BYTES = N * N / 4 * static_cast<int>(sizeof(CheckpointPart));
+// This lane's part of one, the first tile's; others follow 32 apart.
+__device__ __forceinline__ CheckpointPart* checkpoint_place(const Arguments& args, int64_t index) {
+  char* checkpoint = static_cast<char*>(args.checkpoints) + index * CHECKPOINT_BYTES;
+  return reinterpret_cast<CheckpointPart*>(checkpoint) + threadIdx.x / 32 * STEPS * 2 * 32 +
+         threadIdx.x % 32;
 }
 
 // state <- state diag(P_L) + left_a right_a + left_b right_b.

@@ -215,8 +215,9 @@ __device__ __forceinline__ void sync_group() {
 
 // Asks the second-level cache for the checkpoint, and for the tensors of the span before it.
 __device__ __forceinline__ void prefetch_next(const Arguments& args, const Tokens& tokens,
-                                              int first, const float* checkpoint) {
-  for (int at = threadIdx.x * 32; at < N * N; at += THREADS * 32) prefetch(checkpoint + at);
+                                              int first, int64_t checkpoint) {
+  const char* state = static_cast<const char*>(args.checkpoints) + checkpoint * CHECKPOINT_BYTES;
+  for (int at = threadIdx.x * 128; at < CHECKPOINT_BYTES; at += THREADS * 128) prefetch(state + at);
   if (first < 0) return;
   constexpr int LINES = N / 64;  // of a row
   for (int at = threadIdx.x; at < SPAN * LINES; at += THREADS) {
@@ -269,8 +270,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) backward_kernel(const Argumen
   for (int at = group; at < CHUNKS && spans > 0; at += GROUPS)
     fetch_chunk(args, tokens, (spans - 1) * SPAN, shared, at);
   for (int first = (spans - 1) * SPAN; first >= 0; first -= SPAN) {
-    const float* const checkpoint = static_cast<const float*>(args.checkpoints) +
-                                    (first_checkpoint + first / SPAN * args.H) * N * N;
+    const int checkpoint = first_checkpoint + static_cast<int>(first / SPAN * args.H);
     const int chunks = min(CHUNKS, (tokens.count - first + TOKENS - 1) / TOKENS);
     copies_done();
     __syncthreads();  // the tensors are there
@@ -279,7 +279,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) backward_kernel(const Argumen
                           shared.partials[own]);
     __syncthreads();  // the chunks are there
     if (group == 0) {
-      scan_span_forward(checkpoint, shared, chunks);
+      scan_span_forward(checkpoint_place(args, checkpoint), shared, chunks);
       for (int at = chunks - 1; at >= 0; --at) {
         scan_backward(args, tokens, first + at * TOKENS, shared, at, d);
         if constexpr (GROUPS == 1) {

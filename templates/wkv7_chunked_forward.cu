@@ -45,16 +45,13 @@ __device__ __forceinline__ void scan_chunk(const Arguments& args, const Tokens& 
   step_state(state, chunk, values, chunk.k, to_operand(u[0], u[1]), chunk.b);
 }
 
-// Writes a checkpoint, if any are wanted; then `to` is the place of the next.
-__device__ __forceinline__ void store_checkpoint(const State& state, int64_t stride, float*& to) {
-  if (to == nullptr) return;
-  float4* place = checkpoint_place(to);
+// Writes checkpoint `index` of all heads, if any are wanted.
+__device__ __forceinline__ void store_checkpoint(const Arguments& args, int64_t index,
+                                                 const State& state) {
+  if (args.checkpoints == nullptr) return;
+  CheckpointPart* to = checkpoint_place(args, index);
 #pragma unroll
-  for (int tile = 0; tile < 2 * STEPS; ++tile) {
-    const Accumulator& four = state[tile / 2][tile % 2];
-    place[tile * 32] = make_float4(four[0], four[1], four[2], four[3]);
-  }
-  to += stride;
+  for (int tile = 0; tile < 2 * STEPS; ++tile) put(state[tile / 2][tile % 2], to[tile * 32]);
 }
 
 __global__ void __launch_bounds__(THREADS, BLOCKS) forward_kernel(const Arguments args) {
@@ -66,16 +63,14 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) forward_kernel(const Argument
   const int64_t head = head_index % args.H;
   const Sequence sequence = find_sequence(args, head_index / args.H, SPAN);
   const Tokens tokens = tokens_of(args, sequence, head);
-  float* checkpoint = nullptr;
-  if (args.checkpoints != nullptr)
-    checkpoint =
-        static_cast<float*>(args.checkpoints) + (sequence.first_checkpoint * args.H + head) * N * N;
+  int64_t checkpoint = sequence.first_checkpoint * args.H + head;
 
   State state;
   load_state(args.initial_state, head_index, state);
   fetch<PARTS * 32>(args, tokens, own * TOKENS, thread, shared.raw[own]);
   for (int first = 0; first < tokens.count; first += SPAN) {
-    store_checkpoint(state, args.H * N * N, checkpoint);
+    store_checkpoint(args, checkpoint, state);
+    checkpoint += args.H;
     copies_done();
     __syncthreads();  // and the last span's readers are done
     fetch_rows<SPAN, THREADS>(args.v, tokens, first, threadIdx.x, shared.v);
@@ -91,7 +86,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) forward_kernel(const Argument
   copies_done();
   // A place that no span needs is written all the same, so that no output is left undefined.
   if ((tokens.count + SPAN - 1) / SPAN < sequence.checkpoints)
-    store_checkpoint(state, args.H * N * N, checkpoint);
+    store_checkpoint(args, checkpoint, state);
   store_state(state, args.final_state, head_index);
 }
 

@@ -43,14 +43,9 @@ __device__ __forceinline__ bf16* triangle_of(Chunk& chunk, int which) {
 static_assert(sizeof(Chunk::k) + sizeof(Chunk::b) >= TRIANGLES * TOKENS * PADDED * 2,
               "they fit over K'' and B^");
 
-__device__ __forceinline__ void load_checkpoint(const float* checkpoint, State& state) {
-  const float4* from = checkpoint_place(checkpoint);
+__device__ __forceinline__ void load_checkpoint(const CheckpointPart* from, State& state) {
 #pragma unroll
-  for (int tile = 0; tile < 2 * STEPS; ++tile) {
-    const float4 four = from[tile * 32];
-    Accumulator& to = state[tile / 2][tile % 2];
-    to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
-  }
+  for (int tile = 0; tile < 2 * STEPS; ++tile) get(from[tile * 32], state[tile / 2][tile % 2]);
 }
 
 // S or D for this warp's rows, rounded, to rows of shared memory.
@@ -126,7 +121,7 @@ __device__ __forceinline__ void scan_backward(const Arguments& args, const Token
 }
 
 // The state through a span's chunks.
-__device__ __forceinline__ void scan_span_forward(const float* checkpoint, Shared& shared,
+__device__ __forceinline__ void scan_span_forward(const CheckpointPart* checkpoint, Shared& shared,
                                                   int chunks) {
   State state;
   load_checkpoint(checkpoint, state);

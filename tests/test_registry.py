@@ -47,6 +47,10 @@ def test_operators_are_listed() -> None:
 def test_a_configuration_for_an_architecture_elsewhere_needs_no_gpu() -> None:
     op = get_op(head_size=128, dtype=torch.bfloat16, arch="9.0a", decay="logit")
     assert op.config == OpConfig.parse("wkv7_n128_bf16_l16_sm90a_logit")
+    rounded = get_op(
+        head_size=64, dtype=torch.bfloat16, arch="9.0a", checkpoint_dtype=torch.bfloat16
+    )
+    assert rounded.config == OpConfig.parse("wkv7_n64_bf16_l16_sm90a_cbf16")
 
 
 REFUSED = [
@@ -69,6 +73,18 @@ REFUSED = [
     ),
     ({"state_layout": "nv"}, "wkv7: state_layout='nv' is not known; choose from vk, kv"),
     ({"state_dtype": torch.float64}, "wkv7: state_dtype='fp64' does not go with dtype='fp32'"),
+    (
+        {"checkpoint_dtype": torch.float16},
+        "wkv7: checkpoint_dtype='fp16' is not known; choose from accumulator, bf16",
+    ),
+    (
+        {"checkpoint_dtype": torch.bfloat16},
+        r"wkv7: checkpoint_dtype=bf16 is not supported on x86_64_v\d; leave it out",
+    ),
+    (
+        {"checkpoint_dtype": torch.bfloat16, "arch": "9.0a"},
+        "on sm_90a checkpoint_dtype=bf16 goes with dtype bf16, head_size 64 or 128 and chunk",
+    ),
     ({"build": "maybe"}, "wkv7: build='maybe' is not known; choose from auto, never, always"),
     ({"arch": "7.5"}, "arch='7.5' is too old; kernels need compute capability 8.0"),
     ({"arch": "hopper"}, "arch='hopper' is not an architecture"),

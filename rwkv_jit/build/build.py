@@ -212,4 +212,6 @@ def warm_command(config: OpConfig) -> str:
         options.append(f"--state-dtype {config.state_dtype}")
     if config.state_layout != "vk":
         options.append(f"--state-layout {config.state_layout}")
+    if config.checkpoint_dtype != "accumulator":
+        options.append(f"--checkpoint-dtype {config.checkpoint_dtype}")
     return " ".join(options)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from ..arch import parse_arch
-from ..config import DECAYS, DTYPES, ENTRIES, STATE_LAYOUTS
+from ..config import CHECKPOINT_DTYPES, DECAYS, DTYPES, ENTRIES, STATE_LAYOUTS
 from ..errors import CacheError, ConfigError
 from ..settings import current_settings
 
@@ -71,6 +71,13 @@ def warm(
     state_layout: Annotated[
         str, typer.Option(help=f"Of {', '.join(STATE_LAYOUTS)}.", metavar="LIST")
     ] = "vk",
+    checkpoint_dtype: Annotated[
+        str,
+        typer.Option(
+            help=f"Of the states kept for the backward, of {', '.join(CHECKPOINT_DTYPES)}.",
+            metavar="LIST",
+        ),
+    ] = "accumulator",
     entry: Annotated[
         str, typer.Option(help=f"Of {', '.join(ENTRIES)}. Default: all.", metavar="LIST")
     ] = "",
@@ -116,6 +123,9 @@ def warm(
         decays=split_list(decay, "--decay", one_of(DECAYS)),
         state_dtypes=split_list(state_dtype, "--state-dtype", one_of(DTYPES)),
         state_layouts=split_list(state_layout, "--state-layout", one_of(STATE_LAYOUTS)),
+        checkpoint_dtypes=split_list(
+            checkpoint_dtype, "--checkpoint-dtype", one_of(CHECKPOINT_DTYPES)
+        ),
         entries=split_list(entry, "--entry", one_of(ENTRIES)),
     )
     sources = plan(choices) if from_file is None else plan_from(from_file, archs)

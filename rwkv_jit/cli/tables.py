@@ -303,5 +303,10 @@ def _show_states(by_dtype: Mapping[str, Sequence[str]]) -> str:
 def _show_dtype(rule: str) -> str:
     if rule.startswith("like:"):
         return f"as {rule.removeprefix('like:')}"
-    names = {"op": "dtype", "state": "state dtype", "accumulator": "fp32 (fp64 for fp64)"}
+    names = {
+        "op": "dtype",
+        "state": "state dtype",
+        "accumulator": "fp32 (fp64 for fp64)",
+        "checkpoint": "checkpoint dtype",
+    }
     return names.get(rule, rule)

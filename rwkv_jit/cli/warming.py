@@ -29,7 +29,8 @@ DEFAULT_HEAD_SIZE = 64
 class Choices:
     """Values of each knob; every combination is meant. Nothing is the default: all operators and
     entries, head size 64, bf16 for CUDA and fp32 for a CPU, chunk length 16, decay "loglog", the
-    dtype's own state dtype, layout "vk". archs are in slug form and have no default."""
+    dtype's own state dtype, layout "vk", checkpoints as they are computed. archs are in slug form
+    and have no default."""
 
     archs: tuple[str, ...]
     ops: tuple[str, ...] = ()
@@ -39,6 +40,7 @@ class Choices:
     decays: tuple[str, ...] = ()
     state_dtypes: tuple[str, ...] = ()
     state_layouts: tuple[str, ...] = ()
+    checkpoint_dtypes: tuple[str, ...] = ()
     entries: tuple[str, ...] = ()
 
 
@@ -201,12 +203,13 @@ def build_all(
 
 
 def _combinations(choices: Choices, op: str) -> Iterator[OpConfig]:
-    for arch, head_size, chunk_length, decay, state_layout in itertools.product(
+    for arch, head_size, chunk_length, decay, state_layout, checkpoint_dtype in itertools.product(
         choices.archs,
         choices.head_sizes or (DEFAULT_HEAD_SIZE,),
         choices.chunk_lengths or (DEFAULT_CHUNK_LENGTH,),
         choices.decays or ("loglog",),
         choices.state_layouts or ("vk",),
+        choices.checkpoint_dtypes or ("accumulator",),
     ):
         for dtype in choices.dtypes or ("bf16" if is_cuda(arch) else "fp32",):
             for state_dtype in choices.state_dtypes or (default_state_dtype(dtype),):
@@ -219,6 +222,7 @@ def _combinations(choices: Choices, op: str) -> Iterator[OpConfig]:
                     decay=decay,
                     state_dtype=state_dtype,
                     state_layout=state_layout,
+                    checkpoint_dtype=checkpoint_dtype,
                 )
 
 

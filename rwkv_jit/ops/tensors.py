@@ -42,7 +42,7 @@ CU_SEQLENS = TensorSpec(
 CHECKPOINTS = TensorSpec(
     name="checkpoints",
     shape=("C", "H", "N", "N"),
-    dtype=("accumulator",),
+    dtype=("checkpoint",),
     meaning="the state before each chunk, in the kernel's own order",
     optional=True,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..config import CHECKPOINT_DTYPES
 from ..spec import EntrySpec, KernelVariant, OpSpec
 from .recurrence import recurrence_variants
 from .tensors import (
@@ -50,10 +51,15 @@ class _Chunked:
             head_sizes=(self.head_size,),
             dtypes=("bf16",),
             chunk_lengths=(16,),
-            constants=lambda _config: {"checkpoint_tokens": self.span, **constants},
+            constants=lambda config: {
+                "checkpoint_tokens": self.span,
+                "rounded_checkpoints": int(config.checkpoint_dtype == "bf16"),
+                **constants,
+            },
             # One limit for both: the entries share their checkpoints.
             shared_bytes=max(self.forward["shared_bytes"], self.backward["shared_bytes"]),
             checkpoint_tokens=self.span,
+            checkpoint_dtypes=CHECKPOINT_DTYPES,
         )
 
 

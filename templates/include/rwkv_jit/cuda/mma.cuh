@@ -45,6 +45,21 @@ __device__ __forceinline__ void add_product(Accumulator& left, Accumulator& righ
   mma(right, a, b.at[2], b.at[3]);
 }
 
+// An accumulator as it lies in memory, as it is or rounded.
+__device__ __forceinline__ void put(const Accumulator& from, float4& to) {
+  to = make_float4(from[0], from[1], from[2], from[3]);
+}
+__device__ __forceinline__ void put(const Accumulator& from, uint2& to) {
+  to = make_uint2(pack(from[0], from[1]), pack(from[2], from[3]));
+}
+__device__ __forceinline__ void get(float4 from, Accumulator& to) {
+  to[0] = from.x, to[1] = from.y, to[2] = from.z, to[3] = from.w;
+}
+__device__ __forceinline__ void get(uint2 from, Accumulator& to) {
+  to[0] = low_of(from.x), to[1] = high_of(from.x);
+  to[2] = low_of(from.y), to[3] = high_of(from.y);
+}
+
 // Two tiles side by side, rounded to an operand.
 __device__ __forceinline__ OperandA to_operand(const Accumulator& left, const Accumulator& right) {
   return {pack(left[0], left[1]), pack(left[2], left[3]), pack(right[0], right[1]),
