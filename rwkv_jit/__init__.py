@@ -5,6 +5,7 @@ Importing it touches no GPU, no disk and no compiler, and does not import torch.
 
 from __future__ import annotations
 
+import gc
 import importlib
 from typing import TYPE_CHECKING
 
@@ -34,4 +35,12 @@ def __getattr__(name: str) -> object:
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{home}", __name__), name)
+    # What importing allocates stays. A collection on the way would walk over all of torch for that.
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        module = importlib.import_module(f".{home}", __name__)
+    finally:
+        if collecting:
+            gc.enable()
+    return getattr(module, name)

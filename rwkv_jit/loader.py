@@ -71,7 +71,7 @@ class KernelTable:
 
     def _load(self, slug: str, entry: str) -> LoadedKernel:
         config = OpConfig.parse(slug)
-        if is_cuda(config.arch) and torch.cuda.is_current_stream_capturing():
+        if is_cuda(config.arch) and _capturing():
             raise KernelMissingError(
                 f"{slug}.{entry} is not loaded, and kernels are not built while a CUDA graph is "
                 "being captured; call the operator once, or op.load(), before the capture"
@@ -143,6 +143,10 @@ class KernelTable:
             stacklevel=2,
         )
         return _obtain(source, settings, policy)
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _obtain(source: RenderedSource, settings: Settings, policy: str) -> CacheEntry:

@@ -6,7 +6,8 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from rwkv_jit.bundle import Bundle, write_bundle
+from rwkv_jit.bundle import Bundle
+from rwkv_jit.bundle.make import write_bundle
 from rwkv_jit.cache import MANIFEST_SCHEMA, CacheEntry, Manifest, digest_fields, meaning_fields
 from rwkv_jit.config import OpConfig
 from rwkv_jit.ops import get_spec

@@ -13,10 +13,11 @@ from rwkv_jit.arch import host_cpu_arch
 from rwkv_jit.build import obtain
 from rwkv_jit.cache import hash_file
 from rwkv_jit.config import OpConfig
-from rwkv_jit.errors import KernelLoadError
+from rwkv_jit.errors import KernelLoadError, ToolchainError
 from rwkv_jit.ops import get_spec
 from rwkv_jit.render import render
 from rwkv_jit.settings import Settings, current_settings
+from rwkv_jit.toolchain import find_toolchain
 
 
 def slug(size: int) -> str:
@@ -58,3 +59,12 @@ def test_in_prebuilt_mode_it_is_an_error(
     monkeypatch.setattr(loader, "current_settings", lambda: forbidding)
     with pytest.raises(KernelLoadError, match="says it is wkv7_n24"):
         loader.KernelTable().get(slug(16), "forward")
+
+
+def test_a_kernel_for_a_gpu_is_built_and_loaded_where_there_is_none() -> None:
+    try:
+        find_toolchain("sm90a", current_settings())
+    except ToolchainError as error:
+        pytest.skip(f"no CUDA compiler: {error}")
+    kernel = loader.KernelTable().get("wkv7_n16_fp32_l16_sm90a", "forward")
+    assert kernel.identity == "wkv7_n16_fp32_l16_sm90a.forward"

@@ -89,7 +89,8 @@ def bundle_build(
     A LIST is separated by commas, and every combination is built. What the cache has already is
     taken from there.
     """
-    from ..bundle import write_archive, write_bundle  # noqa: PLC0415
+    from ..bundle.archive import write_archive  # noqa: PLC0415
+    from ..bundle.make import write_bundle  # noqa: PLC0415
     from .tables import failures_text  # noqa: PLC0415
     from .warming import Choices, build_all, default_archs, plan, plan_all, plan_from  # noqa: PLC0415
 
@@ -200,7 +201,8 @@ def bundle_install(
     as_json: JsonOption = False,
 ) -> None:
     """Check a bundle and copy it, or unpack its archive, to where it will be used."""
-    from ..bundle import copy_bundle, install_folder, unpack_archive  # noqa: PLC0415
+    from ..bundle import install_folder  # noqa: PLC0415
+    from ..bundle.archive import copy_bundle, unpack_archive  # noqa: PLC0415
 
     keys = tuple(key or current_settings().bundle_keys)
     target = to
@@ -226,7 +228,8 @@ def bundle_wheel(
     as_json: JsonOption = False,
 ) -> None:
     """Make a Python package of a bundle, whose kernels are found once pip has installed it."""
-    from ..bundle import verify_bundle, write_wheel  # noqa: PLC0415
+    from ..bundle import verify_bundle  # noqa: PLC0415
+    from ..bundle.wheel import write_wheel  # noqa: PLC0415
     from .tables import print_json  # noqa: PLC0415
 
     opened = _open(bundle, key)
@@ -247,7 +250,8 @@ def bundle_sign(
     as_json: JsonOption = False,
 ) -> None:
     """Check a bundle and sign it, in the place of a signature that it has."""
-    from ..bundle import open_bundle, sign_bundle, verify_bundle  # noqa: PLC0415
+    from ..bundle import open_bundle, verify_bundle  # noqa: PLC0415
+    from ..bundle.make import sign_bundle  # noqa: PLC0415
 
     opened = open_bundle(bundle)
     problems = verify_bundle(opened)
@@ -265,7 +269,7 @@ def bundle_keygen(
     as_json: JsonOption = False,
 ) -> None:
     """Make a pair of keys: a private one to sign bundles with, and, in FILE.pub, the public one."""
-    from ..bundle import generate_key  # noqa: PLC0415
+    from ..bundle.sign import generate_key  # noqa: PLC0415
     from .tables import print_json  # noqa: PLC0415
 
     public = generate_key(path)

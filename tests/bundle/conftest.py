@@ -9,7 +9,8 @@ import pytest
 from bundles import source_of
 from rwkv_jit.arch import host_cpu_arch
 from rwkv_jit.build import obtain
-from rwkv_jit.bundle import Bundle, write_bundle
+from rwkv_jit.bundle import Bundle
+from rwkv_jit.bundle.make import write_bundle
 from rwkv_jit.settings import Settings
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from bundles import contents, fake_bundle
-from rwkv_jit.bundle import Bundle, archive, copy_bundle, unpack_archive, write_archive
+from rwkv_jit.bundle import Bundle, archive
+from rwkv_jit.bundle.archive import copy_bundle, unpack_archive, write_archive
 from rwkv_jit.errors import BundleError
 
 NAMES = ("wkv7_n64_bf16_l16_sm90a", "wkv7_n64_fp32_l16_x86_64_v3")

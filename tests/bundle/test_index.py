@@ -94,7 +94,8 @@ def test_another_form_of_the_same_is_refused(index: Index) -> None:
 
 def test_of_two_builds_of_a_kernel_one_is_kept(tmp_path: Path) -> None:
     from bundles import fake_entry
-    from rwkv_jit.bundle import verify_bundle, write_bundle
+    from rwkv_jit.bundle import verify_bundle
+    from rwkv_jit.bundle.make import write_bundle
 
     entries = [
         fake_entry(tmp_path / "entries", NAMES[0], fields={"nvcc": nvcc}, library=nvcc.encode())

@@ -19,7 +19,9 @@ import torch
 from bundles import fake_bundle, fake_entry, source_of, tree
 from comparing import assert_matches_reference, random_call
 from rwkv_jit import build, loader, toolchain
-from rwkv_jit.bundle import Bundle, copy_bundle, match, write_bundle
+from rwkv_jit.bundle import Bundle, match
+from rwkv_jit.bundle.archive import copy_bundle
+from rwkv_jit.bundle.make import write_bundle
 from rwkv_jit.config import OpConfig
 from rwkv_jit.errors import BundleError, KernelMissingError
 from rwkv_jit.loader import KernelTable

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from bundles import contents, fake_bundle, fake_entry
-from rwkv_jit.bundle import make, verify_bundle, write_bundle
+from rwkv_jit.bundle import make, verify_bundle
+from rwkv_jit.bundle.make import write_bundle
 from rwkv_jit.errors import BundleError
 
 NAMES = ("wkv7_n64_bf16_l16_sm90a", "wkv7_n64_fp32_l16_x86_64_v3.backward")

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from bundles import fake_bundle
-from rwkv_jit.bundle import bundles_in_force, copy_bundle, install_folder, places
+from rwkv_jit.bundle import bundles_in_force, install_folder, places
+from rwkv_jit.bundle.archive import copy_bundle
 from rwkv_jit.errors import BundleError
 from rwkv_jit.settings import Settings
 

@@ -10,15 +10,9 @@ from pathlib import Path
 import pytest
 
 from bundles import fake_bundle
-from rwkv_jit.bundle import (
-    Bundle,
-    bundles_in_force,
-    generate_key,
-    open_bundle,
-    sign_bundle,
-    verify_bundle,
-    write_bundle,
-)
+from rwkv_jit.bundle import Bundle, bundles_in_force, open_bundle, verify_bundle
+from rwkv_jit.bundle.make import sign_bundle, write_bundle
+from rwkv_jit.bundle.sign import generate_key
 from rwkv_jit.errors import BundleError
 from rwkv_jit.settings import Settings
 

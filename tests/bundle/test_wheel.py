@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from bundles import contents, fake_bundle, fake_entry
-from rwkv_jit.bundle import Bundle, write_bundle, write_wheel
+from rwkv_jit.bundle import Bundle
+from rwkv_jit.bundle.make import write_bundle
+from rwkv_jit.bundle.wheel import write_wheel
 from rwkv_jit.errors import BundleError
 
 NAME = "wkv7_n64_fp32_l16_x86_64_v3"

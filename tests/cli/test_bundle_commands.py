@@ -82,7 +82,8 @@ def test_inspect_shows_the_kernels(bundle: Path) -> None:
 def test_install_copies_or_unpacks_to_where_it_is_found(
     tmp_path: Path, bundle: Path, own_cache: Path
 ) -> None:
-    from rwkv_jit.bundle import bundles_in_force, open_bundle, write_archive
+    from rwkv_jit.bundle import bundles_in_force, open_bundle
+    from rwkv_jit.bundle.archive import write_archive
 
     tar = tmp_path / "other.tar"
     write_archive(open_bundle(bundle), tar)
