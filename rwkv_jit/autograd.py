@@ -18,7 +18,7 @@ from .config import OpConfig
 from .launch import launchable
 from .loader import KERNELS
 from .ops import get_spec
-from .spec import KernelVariant, OpSpec, TensorSpec
+from .spec import EntrySpec, OpSpec, TensorSpec
 
 _LIBRARY = torch.library.Library("rwkv_jit", "DEF")
 
@@ -65,55 +65,88 @@ def _register(spec: OpSpec, entry_name: str) -> Callable[..., Sequence[torch.Ten
     return op
 
 
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """A tensor that a call makes: its name, letters of its shape, and its dtype, which for one
+    "like" another is that one's name."""
+
+    name: str
+    shape: tuple[str, ...]
+    dtype: torch.dtype | str
+
+    def empty(
+        self,
+        sizes: dict[str, int],
+        tensors: dict[str, torch.Tensor | None],
+        device: torch.device,
+        *,
+        wanted: bool = True,
+    ) -> torch.Tensor:
+        dtype = self.dtype
+        if isinstance(dtype, str):
+            like = tensors[dtype]
+            assert like is not None, "a required input"
+            dtype = like.dtype
+        shape = [sizes[letter] for letter in self.shape] if wanted else [0]
+        return torch.empty(shape, dtype=dtype, device=device)
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What all calls of one registered op with one configuration have in common."""
+
+    entry: EntrySpec
+    spacing: int
+    inputs: tuple[str, ...]
+    outputs: tuple[_Made, ...]
+    scratch: tuple[_Made, ...]
+
+
+@functools.cache
+def _plan(name: str, slug: str, entry_name: str) -> _Plan:
+    spec, config = get_spec(name), OpConfig.parse(slug)
+    entry = spec.entries[entry_name]
+
+    def made(tensor: TensorSpec) -> _Made:
+        rule = tensor.dtype[0]
+        like = rule.removeprefix("like:") if rule.startswith("like:") else None
+        return _Made(tensor.name, tensor.shape, like or dtype_of(rule, config, {}))
+
+    return _Plan(
+        entry=entry,
+        spacing=spec.checkpoint_spacing(config, entry_name),
+        inputs=tuple(tensor.name for tensor in entry.inputs),
+        outputs=tuple(map(made, entry.outputs)),
+        scratch=tuple(map(made, spec.variant(config, entry_name).scratch)),
+    )
+
+
 class _Call:
     """The arguments of one registered op, taken apart."""
 
     def __init__(self, spec: OpSpec, entry_name: str, call: Sequence[Any]) -> None:
-        entry = spec.entries[entry_name]
-        count = len(entry.inputs)
-        self.entry = entry
-        self.tensors: dict[str, torch.Tensor | None] = {
-            tensor.name: value for tensor, value in zip(entry.inputs, call[:count], strict=True)
-        }
+        count = len(spec.entries[entry_name].inputs)
         self.slug: str = call[count]
-        self.config = _parse(self.slug)
-        self.wanted = dict(zip(entry.optional_outputs, call[count + 1 :], strict=True))
-        self.variant, spacing = _variant(spec.name, self.slug, entry_name)
-        self.sizes = entry_sizes(entry, spacing, self.tensors)
+        plan = self.plan = _plan(spec.name, self.slug, entry_name)
+        self.tensors: dict[str, torch.Tensor | None] = dict(
+            zip(plan.inputs, call[:count], strict=True)
+        )
+        self.wanted = dict(zip(plan.entry.optional_outputs, call[count + 1 :], strict=True))
+        self.sizes = entry_sizes(plan.entry, plan.spacing, self.tensors)
+        first: torch.Tensor = call[0]
+        self.device = first.device
 
     def allocate(self) -> tuple[torch.Tensor, ...]:
         """Every output, uninitialised; with no elements where it is not wanted."""
         return tuple(
-            self.empty(output, wanted=self.wanted.get(output.name, True))
-            for output in self.entry.outputs
+            output.empty(
+                self.sizes,
+                self.tensors,
+                self.device,
+                wanted=self.wanted.get(output.name, True),
+            )
+            for output in self.plan.outputs
         )
-
-    def empty(self, tensor: TensorSpec, *, wanted: bool = True) -> torch.Tensor:
-        like = self.tensors[self.entry.inputs[0].name]
-        assert like is not None, "a required input"
-        shape = [self.sizes[letter] for letter in tensor.shape] if wanted else [0]
-        rule = tensor.dtype[0]
-        if rule.startswith("like:"):
-            dtype = dtype_of(rule, self.config, self.tensors)
-        else:
-            dtype = _fixed_dtype(rule, self.config)
-        return torch.empty(shape, dtype=dtype, device=like.device)
-
-
-@functools.cache
-def _fixed_dtype(rule: str, config: OpConfig) -> torch.dtype:
-    return dtype_of(rule, config, {})
-
-
-@functools.cache
-def _parse(slug: str) -> OpConfig:
-    return OpConfig.parse(slug)
-
-
-@functools.cache
-def _variant(name: str, slug: str, entry: str) -> tuple[KernelVariant, int]:
-    spec, config = get_spec(name), _parse(slug)
-    return spec.variant(config, entry), spec.checkpoint_spacing(config, entry)
 
 
 def _run(spec: OpSpec, entry_name: str, arguments: Sequence[Any]) -> tuple[torch.Tensor, ...]:
@@ -121,11 +154,11 @@ def _run(spec: OpSpec, entry_name: str, arguments: Sequence[Any]) -> tuple[torch
     kernel = KERNELS.get(call.slug, entry_name)
     outputs = call.allocate()
     tensors = {name: launchable(tensor) for name, tensor in call.tensors.items()}
-    for output, tensor in zip(call.entry.outputs, outputs, strict=True):
+    for output, tensor in zip(call.plan.outputs, outputs, strict=True):
         tensors[output.name] = tensor if call.wanted.get(output.name, True) else None
-    for scratch in call.variant.scratch:
-        tensors[scratch.name] = call.empty(scratch)
-    kernel.launch(tensors, call.sizes)
+    for scratch in call.plan.scratch:
+        tensors[scratch.name] = scratch.empty(call.sizes, call.tensors, call.device)
+    kernel.launch(tensors, call.sizes, call.device)
     return outputs
 
 

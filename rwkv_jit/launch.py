@@ -47,18 +47,26 @@ class Kernel:
     """A loaded kernel of one configuration and entry.
 
     identity: what the library says it is.
+    block: the launcher's argument block.
+    sources: for each of its members what it holds ("pointer", "dtype", "size", "stream" or
+        "threads"), and of which tensor or size.
     """
 
     identity: str
     config: OpConfig
     library: ctypes.CDLL
     block: type[ctypes.Structure]
-    fields: tuple[BlockField, ...]
+    sources: tuple[tuple[str, str], ...]
 
-    def launch(self, tensors: Mapping[str, torch.Tensor | None], sizes: Mapping[str, int]) -> None:
-        """Run on the current stream of the tensors' device. Sizes are S, T, H and C. Allocates
-        nothing and does not synchronise. Raises KernelLaunchError with the device's own words."""
-        device = next(t.device for t in tensors.values() if t is not None)
+    def launch(
+        self,
+        tensors: Mapping[str, torch.Tensor | None],
+        sizes: Mapping[str, int],
+        device: torch.device,
+    ) -> None:
+        """Run on the current stream of `device`, where the tensors are. Sizes are S, T, H and C.
+        Allocates nothing and does not synchronise. Raises KernelLaunchError with the device's own
+        words."""
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
                 self._launch(tensors, sizes, device)
@@ -72,20 +80,20 @@ class Kernel:
         device: torch.device,
     ) -> None:
         values: list[int | None] = []
-        for field in self.fields:
-            if field.kind == "int32":
-                tensor = tensors[field.name.removesuffix("_dtype")]
+        for source, name in self.sources:
+            if source == "pointer":
+                tensor = tensors[name]
+                values.append(None if tensor is None else tensor.data_ptr())
+            elif source == "size":
+                values.append(sizes[name])
+            elif source == "dtype":
+                tensor = tensors[name]
                 values.append(0 if tensor is None else _DTYPE_CODES[tensor.dtype])
-            elif field.name in sizes:
-                values.append(sizes[field.name])
-            elif field.name == "stream":
+            elif source == "stream":
                 on_gpu = device.type == "cuda"
                 values.append(torch.cuda.current_stream(device).cuda_stream if on_gpu else None)
-            elif field.name == "threads":
-                values.append(torch.get_num_threads())
             else:
-                tensor = tensors[field.name]
-                values.append(None if tensor is None else tensor.data_ptr())
+                values.append(torch.get_num_threads())
         code = self.library.rwkv_jit_launch(ctypes.byref(self.block(*values)))
         if code != 0:
             raise KernelLaunchError(self._failure(code, device))
@@ -126,7 +134,15 @@ def load_kernel(spec: OpSpec, config: OpConfig, entry: str, library: Path) -> Ke
         (ctypes.Structure,),
         {"_fields_": [(field.name, _CTYPES[field.kind]) for field in fields]},
     )
-    return Kernel(identity, config, loaded, block, fields)
+    return Kernel(identity, config, loaded, block, tuple(map(_source, fields)))
+
+
+def _source(field: BlockField) -> tuple[str, str]:
+    if field.kind == "int32":
+        return "dtype", field.name.removesuffix("_dtype")
+    if field.name in ("stream", "threads"):
+        return field.name, field.name
+    return ("pointer" if field.kind == "pointer" else "size"), field.name
 
 
 def launchable(tensor: torch.Tensor | None) -> torch.Tensor | None:
