@@ -11,37 +11,48 @@ using rwkv_jit::ROW;
 using rwkv_jit::Tokens;
 using rwkv_jit::TOKENS;
 
+using Element = rwkv_jit::{{dtype}};
 using StateElement = rwkv_jit::{{state_dtype}};
 constexpr auto DECAY = static_cast<rwkv_jit::DecayKind>({{decay}});
 constexpr int STEPS = N / 16;  // of sixteen channels
 constexpr int WARPS = {{warps}};
 constexpr int THREADS = WARPS * 32;
-constexpr int STATE_WARPS = N / 16;          // each with sixteen of the state's rows
-constexpr int SPAN = {{checkpoint_tokens}};  // tokens between two checkpoints
-constexpr int CHUNKS = SPAN / TOKENS;        // that are prepared side by side
-constexpr int PARTS = WARPS / CHUNKS;        // warps that prepare one
-constexpr int BLOCKS = {{blocks}};           // that share a multiprocessor
+constexpr int STATE_WARPS = {{state_warps}};    // that share the state, sixteen rows each
+constexpr int ROW_WARPS = STATE_WARPS / STEPS;  // that share sixteen rows
+constexpr int KEY_STEPS = STEPS / ROW_WARPS;    // of sixteen keys that one has
+constexpr int SPAN = {{checkpoint_tokens}};     // tokens between two checkpoints
+constexpr int CHUNKS = SPAN / TOKENS;           // that are prepared side by side
+constexpr int PARTS = WARPS / CHUNKS;           // warps that prepare one
+constexpr int BLOCKS = {{blocks}};              // that share a multiprocessor
 using Partials = rwkv_jit::Partials<PARTS>;
 constexpr int SHARED_BYTES = {{shared_bytes}};
-static_assert(std::is_same_v<rwkv_jit::{{dtype}}, bf16>);
+static_assert(std::is_same_v<Element, bf16>);
 static_assert(L == TOKENS && SPAN == CHUNKS * L && WARPS == CHUNKS * PARTS);
-static_assert(WARPS >= STATE_WARPS);
+static_assert(WARPS >= STATE_WARPS && STATE_WARPS == ROW_WARPS * STEPS);
+static_assert(KEY_STEPS * ROW_WARPS == STEPS);
 
-// A warp's sixteen rows of the state, [value, key].
-using State = Accumulator[STEPS][2];
+// A warp's sixteen rows of the state, [value, key], or some of their keys.
+using State = Accumulator[KEY_STEPS][2];
+using StateRows = bf16[N][ROW];  // a state, rounded, [value, key]
 
-__device__ __forceinline__ int own_value() { return threadIdx.x / 32 * 16; }
+// The first of them.
+__device__ __forceinline__ int own_value() {
+  return threadIdx.x / 32 % STATE_WARPS / ROW_WARPS * 16;
+}
+__device__ __forceinline__ int own_key() {
+  return ROW_WARPS == 1 ? 0 : threadIdx.x / 32 % ROW_WARPS * KEY_STEPS * 16;
+}
 
 // This lane's place in the state's matrix.
 __device__ __forceinline__ int64_t state_place(int64_t head_index, int step, int tile, int at) {
   const int row = own_value() + threadIdx.x % 32 / 4 + at / 2 * 8;
-  const int key = 16 * step + 8 * tile + threadIdx.x % 4 * 2 + at % 2;
+  const int key = own_key() + 16 * step + 8 * tile + threadIdx.x % 4 * 2 + at % 2;
   return head_index * N * N + (STATE_IS_KV ? key * N + row : row * N + key);
 }
 
 __device__ __forceinline__ void load_state(const void* from, int64_t head_index, State& state) {
 #pragma unroll
-  for (int step = 0; step < STEPS; ++step)
+  for (int step = 0; step < KEY_STEPS; ++step)
 #pragma unroll
     for (int at = 0; at < 8; ++at)
       state[step][at / 4][at % 4] = from == nullptr
@@ -53,7 +64,7 @@ __device__ __forceinline__ void load_state(const void* from, int64_t head_index,
 __device__ __forceinline__ void store_state(const State& state, void* to, int64_t head_index) {
   if (to == nullptr) return;
 #pragma unroll
-  for (int step = 0; step < STEPS; ++step)
+  for (int step = 0; step < KEY_STEPS; ++step)
 #pragma unroll
     for (int at = 0; at < 8; ++at)
       rwkv_jit::store_at<StateElement>(to, state_place(head_index, step, at / 4, at % 4),
@@ -66,51 +77,60 @@ __device__ __forceinline__ Tokens tokens_of(const Arguments& args,
           static_cast<int>(sequence.end - sequence.begin)};
 }
 
-// Checkpoints lie as the lanes hold them: [warp, step, tile, lane, 4].
+// Checkpoints lie as the lanes hold them: [row step, key step, tile, lane, 4].
 using CheckpointPart = std::conditional_t<{{rounded_checkpoints}}, uint2, float4>;
 constexpr int CHECKPOINT_BYTES = N * N / 4 * static_cast<int>(sizeof(CheckpointPart));
 // This lane's part of one, the first tile's; others follow 32 apart.
 __device__ __forceinline__ CheckpointPart* checkpoint_place(const Arguments& args, int64_t index) {
   char* checkpoint = static_cast<char*>(args.checkpoints) + index * CHECKPOINT_BYTES;
-  return reinterpret_cast<CheckpointPart*>(checkpoint) + threadIdx.x / 32 * STEPS * 2 * 32 +
-         threadIdx.x % 32;
+  return reinterpret_cast<CheckpointPart*>(checkpoint) +
+         (own_value() / 16 * STEPS + own_key() / 16) * 2 * 32 + threadIdx.x % 32;
 }
 
-// state <- state diag(P_L) + left_a right_a + left_b right_b.
-__device__ __forceinline__ void step_state(State& state, const Chunk& chunk, const OperandA& left_a,
-                                           const bf16 (&right_a)[TOKENS][ROW],
-                                           const OperandA& left_b,
-                                           const bf16 (&right_b)[TOKENS][ROW]) {
-  const int q = threadIdx.x % 4;
+// Writes checkpoint `index` of all heads, if any are wanted.
+template <typename Args>
+__device__ __forceinline__ void store_checkpoint(const Args& args, int64_t index,
+                                                 const State& state) {
+  if (args.checkpoints == nullptr) return;
+  CheckpointPart* to = checkpoint_place(args, index);
 #pragma unroll
-  for (int step = 0; step < STEPS; ++step) {
+  for (int tile = 0; tile < 2 * KEY_STEPS; ++tile)
+    rwkv_jit::put(state[tile / 2][tile % 2], to[tile * 32]);
+}
+template <typename Args>
+__device__ __forceinline__ void load_checkpoint(const Args& args, int64_t index, State& state) {
+  const CheckpointPart* from = checkpoint_place(args, index);
 #pragma unroll
-    for (int tile = 0; tile < 2; ++tile) {
-      Accumulator& sum = state[step][tile];
-      const float2 decay =
-          *reinterpret_cast<const float2*>(&chunk.total[16 * step + 8 * tile + 2 * q]);
-      sum[0] *= decay.x, sum[1] *= decay.y;
-      sum[2] *= decay.x, sum[3] *= decay.y;
-    }
-    OperandB right;
-    rwkv_jit::load<ROW>(&right_a[0][16 * step], right);
-    rwkv_jit::add_product(state[step], left_a, right);
-    rwkv_jit::load<ROW>(&right_b[0][16 * step], right);
-    rwkv_jit::add_product(state[step], left_b, right);
+  for (int tile = 0; tile < 2 * KEY_STEPS; ++tile)
+    rwkv_jit::get(from[tile * 32], state[tile / 2][tile % 2]);
+}
+
+// This warp's part of a state, rounded, to rows of shared memory.
+template <typename Rows>
+__device__ __forceinline__ void store_state_rows(const State& state, Rows& to) {
+#pragma unroll
+  for (int step = 0; step < KEY_STEPS; ++step)
+    rwkv_jit::store_rows(rwkv_jit::to_operand(state[step][0], state[step][1]),
+                         &to[own_value()][own_key() + 16 * step]);
+}
+
+// state <- state diag(total), for a step of keys.
+__device__ __forceinline__ void decay_keys(Accumulator (&state)[2], const float* total) {
+#pragma unroll
+  for (int tile = 0; tile < 2; ++tile) {
+    const float2 decay = *reinterpret_cast<const float2*>(total + 8 * tile + threadIdx.x % 4 * 2);
+    Accumulator& sum = state[tile];
+    sum[0] *= decay.x, sum[1] *= decay.y;
+    sum[2] *= decay.x, sum[3] *= decay.y;
   }
 }
 
-// Writes this warp's sixteen values, [value, token], of a chunk to a tensor.
-__device__ __forceinline__ void store_values(const Accumulator (&values)[2], void* to,
-                                             const Tokens& tokens, int first) {
-  const int token = first + threadIdx.x % 32 / 4;
-  const OperandB rows = rwkv_jit::to_second(rwkv_jit::to_operand(values[0], values[1]));
-  bf16* place = static_cast<bf16*>(to) + tokens.at(token) + own_value() + threadIdx.x % 4 * 2;
-#pragma unroll
-  for (int part = 0; part < 4; ++part)
-    if (token + part / 2 * 8 < tokens.count)
-      *reinterpret_cast<uint32_t*>(place + part / 2 * 8 * tokens.stride + part % 2 * 8) =
-          rows.at[part];
+// Asks the second-level cache for a checkpoint.
+template <typename Args>
+__device__ __forceinline__ void prefetch_checkpoint(const Args& args, int64_t index) {
+  const char* state = static_cast<const char*>(args.checkpoints) + index * CHECKPOINT_BYTES;
+  for (int at = threadIdx.x * 128; at < CHECKPOINT_BYTES; at += THREADS * 128)
+    rwkv_jit::prefetch(state + at);
 }
 
 // One block for a sequence and head.

@@ -160,6 +160,7 @@ __device__ __forceinline__ void run_step(const Arguments& args, const Tile<N>& t
 }  // namespace
 
 //% include "cuda_backward.h"
+//% include "wkv6_sums.h"
 
 namespace {
 
@@ -186,32 +187,9 @@ __global__ void __launch_bounds__(THREADS, 1) backward_kernel(const Arguments ar
   store_parts(args, blockIdx.x, shared);
 }
 
-// One value of a sum [H, N] of parts [S, H, N].
-__device__ __forceinline__ float sum_sequences(const Arguments& args, const void* parts,
-                                               int64_t at) {
-  float sum = 0, rest = 0;
-  for (int64_t s = 0; s < args.S; ++s)
-    add_long(static_cast<const float*>(parts)[s * args.H * N + at], sum, rest);
-  return sum;
-}
-
-template <typename Args>
-__device__ __forceinline__ void sum_parts(const Args& args, int64_t at) {
-  store_mixed<Element>(args.du, args.du_dtype, at, sum_sequences(args, args.du_parts, at));
-  if constexpr (!DECAY_PER_TOKEN)
-    store_mixed<Element>(args.dw, args.dw_dtype, at, sum_sequences(args, args.dw_parts, at));
-}
-
-__global__ void __launch_bounds__(N) sum_kernel(const Arguments args) {
-  sum_parts(args, static_cast<int64_t>(blockIdx.x) * N + threadIdx.x);
-}
-
 }  // namespace
 
 RWKV_JIT_EXPORT int rwkv_jit_launch(const Arguments* args) {
   const cudaError_t error = launch_heads(*args, backward_kernel);
-  if (error != cudaSuccess || args->H == 0) return error;
-  const auto stream = static_cast<cudaStream_t>(args->stream);
-  sum_kernel<<<static_cast<unsigned>(args->H), N, 0, stream>>>(*args);
-  return cudaGetLastError();
+  return error == cudaSuccess ? launch_sums(*args) : error;
 }

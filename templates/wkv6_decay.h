@@ -4,7 +4,7 @@ namespace {
 constexpr bool DECAY_PER_TOKEN = {{decay_per_token}};
 
 // The row of w for a token of a head, which lies in `row` of the other tensors.
-RWKV_JIT_SHARED_CODE int64_t decay_row(int64_t row, int64_t head) {
+[[maybe_unused]] RWKV_JIT_SHARED_CODE int64_t decay_row(int64_t row, int64_t head) {
   return DECAY_PER_TOKEN ? row : head;
 }
 

@@ -19,6 +19,7 @@
 #include "rwkv_jit/cuda/element.cuh"
 #include "rwkv_jit/cuda/wkv7_chunk_gradient.cuh"
 //% include "chunked_types.h"
+//% include "wkv7_chunked_state.h"
 //% include "wkv7_chunked_scans.h"
 
 namespace {
@@ -52,16 +53,6 @@ __device__ __forceinline__ void triangle_gradient(Shared& shared, int at, int wh
   }
   store_tile<PADDED>(sum[0], triangle_of(shared.chunks[at], which));
   store_tile<PADDED>(sum[1], triangle_of(shared.chunks[at], which) + 8);
-}
-
-// The diagonal of a matrix of sixteen channels, for this lane's four, [tile, odd].
-__device__ __forceinline__ void diagonal(const Accumulator (&matrix)[2], float (&to)[2][2]) {
-  const int q = threadIdx.x % 4;
-#pragma unroll
-  for (int tile = 0; tile < 2; ++tile)
-#pragma unroll
-    for (int odd = 0; odd < 2; ++odd)
-      to[tile][odd] = __shfl_sync(0xffffffffu, matrix[tile][2 * tile + odd], (2 * q + odd) * 4 + q);
 }
 
 // Gradients of r, w, k, a and b for sixteen channels of a chunk, by this warp.
@@ -216,8 +207,7 @@ __device__ __forceinline__ void sync_group() {
 // Asks the second-level cache for the checkpoint, and for the tensors of the span before it.
 __device__ __forceinline__ void prefetch_next(const Arguments& args, const Tokens& tokens,
                                               int first, int64_t checkpoint) {
-  const char* state = static_cast<const char*>(args.checkpoints) + checkpoint * CHECKPOINT_BYTES;
-  for (int at = threadIdx.x * 128; at < CHECKPOINT_BYTES; at += THREADS * 128) prefetch(state + at);
+  prefetch_checkpoint(args, checkpoint);
   if (first < 0) return;
   constexpr int LINES = N / 64;  // of a row
   for (int at = threadIdx.x; at < SPAN * LINES; at += THREADS) {
@@ -279,7 +269,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) backward_kernel(const Argumen
                           shared.partials[own]);
     __syncthreads();  // the chunks are there
     if (group == 0) {
-      scan_span_forward(checkpoint_place(args, checkpoint), shared, chunks);
+      scan_span_forward(args, checkpoint, shared, chunks);
       for (int at = chunks - 1; at >= 0; --at) {
         scan_backward(args, tokens, first + at * TOKENS, shared, at, d);
         if constexpr (GROUPS == 1) {

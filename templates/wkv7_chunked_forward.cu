@@ -10,6 +10,7 @@
 #include "rwkv_jit/cuda/element.cuh"
 #include "rwkv_jit/cuda/wkv7_chunk.cuh"
 //% include "chunked_types.h"
+//% include "wkv7_chunked_state.h"
 
 namespace {
 
@@ -43,15 +44,6 @@ __device__ __forceinline__ void scan_chunk(const Arguments& args, const Tokens& 
   add_product(y, values, right);  // V^T M^T
   store_values(y, args.y, tokens, first);
   step_state(state, chunk, values, chunk.k, to_operand(u[0], u[1]), chunk.b);
-}
-
-// Writes checkpoint `index` of all heads, if any are wanted.
-__device__ __forceinline__ void store_checkpoint(const Arguments& args, int64_t index,
-                                                 const State& state) {
-  if (args.checkpoints == nullptr) return;
-  CheckpointPart* to = checkpoint_place(args, index);
-#pragma unroll
-  for (int tile = 0; tile < 2 * STEPS; ++tile) put(state[tile / 2][tile % 2], to[tile * 32]);
 }
 
 __global__ void __launch_bounds__(THREADS, BLOCKS) forward_kernel(const Arguments args) {

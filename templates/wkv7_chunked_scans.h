@@ -3,8 +3,6 @@ namespace {
 
 using namespace rwkv_jit;
 
-using StateRows = bf16[N][ROW];  // a state, rounded, [value, key]
-
 // What the scans leave of a chunk for its gradients.
 struct Scanned {
   StateRows d;         // D after the chunk
@@ -42,18 +40,6 @@ __device__ __forceinline__ bf16* triangle_of(Chunk& chunk, int which) {
 }
 static_assert(sizeof(Chunk::k) + sizeof(Chunk::b) >= TRIANGLES * TOKENS * PADDED * 2,
               "they fit over K'' and B^");
-
-__device__ __forceinline__ void load_checkpoint(const CheckpointPart* from, State& state) {
-#pragma unroll
-  for (int tile = 0; tile < 2 * STEPS; ++tile) get(from[tile * 32], state[tile / 2][tile % 2]);
-}
-
-// S or D for this warp's rows, rounded, to rows of shared memory.
-__device__ __forceinline__ void store_state_rows(const State& state, StateRows& to) {
-#pragma unroll
-  for (int step = 0; step < STEPS; ++step)
-    store_rows(to_operand(state[step][0], state[step][1]), &to[own_value()][16 * step]);
-}
 
 // The state through one chunk.
 __device__ __forceinline__ void scan_forward(Shared& shared, int at, State& state) {
@@ -121,10 +107,10 @@ __device__ __forceinline__ void scan_backward(const Arguments& args, const Token
 }
 
 // The state through a span's chunks.
-__device__ __forceinline__ void scan_span_forward(const CheckpointPart* checkpoint, Shared& shared,
-                                                  int chunks) {
+__device__ __forceinline__ void scan_span_forward(const Arguments& args, int64_t checkpoint,
+                                                  Shared& shared, int chunks) {
   State state;
-  load_checkpoint(checkpoint, state);
+  load_checkpoint(args, checkpoint, state);
   store_state_rows(state, shared.work.state[0]);
   for (int at = 0; at + 1 < chunks; ++at) {
     scan_forward(shared, at, state);

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..spec import OpSpec
+from .chunked import Block, Chunked
 from .tensors import W
 from .wkv6 import PARAMETERS, bonus_entries, bonus_variants
 
@@ -15,6 +16,12 @@ _W = replace(
     last_axis_optional=True,
 )
 
+# As wkv6 has them, but with a table of the decay's powers for the decays of the tokens.
+_CHUNKED = (
+    Chunked(64, 64, forward=Block(8, 8, 2, 97_376), backward=Block(8, 8, 1, 165_216)),
+    Chunked(64, 32, forward=Block(8, 8, 1, 53_568), backward=Block(8, 8, 1, 87_488)),
+)
+
 WKV5 = OpSpec(
     name="wkv5",
     summary="RWKV-5 time mixing: a linear recurrence with a decay per channel and a bonus",
@@ -23,5 +30,5 @@ WKV5 = OpSpec(
     entries=bonus_entries(_W),
     saved_outputs=("checkpoints",),
     decays=("loglog", "log", "factor"),
-    variants=bonus_variants(decay_per_token=False),
+    variants=bonus_variants(_CHUNKED, decay_per_token=False),
 )

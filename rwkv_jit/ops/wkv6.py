@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..spec import EntrySpec, KernelVariant, OpSpec, TensorSpec
+from .chunked import Block, Chunked
 from .recurrence import recurrence_variants
 from .tensors import (
     CHECKPOINTS,
@@ -43,7 +44,7 @@ def bonus_entries(w: TensorSpec) -> Mapping[str, EntrySpec]:
     }
 
 
-def bonus_variants(*, decay_per_token: bool) -> tuple[KernelVariant, ...]:
+def bonus_variants(chunked: tuple[Chunked, ...], *, decay_per_token: bool) -> tuple[KernelVariant, ...]:
     """The kernels, for a decay of each token or one for all of them."""
     summed = ("du",) if decay_per_token else ("du", "dw")
     parts = tuple(
@@ -56,8 +57,17 @@ def bonus_variants(*, decay_per_token: bool) -> tuple[KernelVariant, ...]:
         for name in summed
     )
     constants = {"decay_per_token": int(decay_per_token)}
-    return recurrence_variants("wkv6", constants, backward_scratch=parts)
+    return (
+        *(variant for row in chunked for variant in row.variants("wkv6", constants, parts)),
+        *recurrence_variants("wkv6", constants, backward_scratch=parts),
+    )
 
+
+# On tensor cores, by what shared memory allows; the first that fits is used.
+_CHUNKED = (
+    Chunked(64, 64, forward=Block(8, 8, 2, 96_512), backward=Block(8, 8, 1, 164_352)),
+    Chunked(64, 32, forward=Block(8, 8, 2, 48_384), backward=Block(8, 8, 1, 82_304)),
+)
 
 WKV6 = OpSpec(
     name="wkv6",
@@ -67,5 +77,5 @@ WKV6 = OpSpec(
     entries=bonus_entries(W),
     saved_outputs=("checkpoints",),
     decays=("loglog", "log"),
-    variants=bonus_variants(decay_per_token=True),
+    variants=bonus_variants(_CHUNKED, decay_per_token=True),
 )

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-
-from ..config import CHECKPOINT_DTYPES
-from ..spec import EntrySpec, KernelVariant, OpSpec
+from ..spec import EntrySpec, OpSpec
+from .chunked import Block, Chunked
 from .recurrence import recurrence_variants
 from .tensors import (
     CHECKPOINTS,
@@ -30,66 +27,13 @@ _B = token("b", "second vector of the rank-1 update; kk * a_gate in the model")
 _TOKENS = (R, W, K, V, _A, _B)
 
 
-# On tensor cores: how much a block works on at once, by what shared memory allows; the first that
-# fits is used. Checkpoints stand before each span, whose chunks a block's warps prepare side by
-# side; `blocks` share a multiprocessor.
-@dataclass(frozen=True, slots=True)
-class _Chunked:
-    head_size: int
-    span: int
-    forward: Mapping[str, int]
-    backward: Mapping[str, int]
-
-    def variants(self) -> tuple[KernelVariant, KernelVariant]:
-        return self._variant("forward", self.forward), self._variant("backward", self.backward)
-
-    def _variant(self, entry: str, constants: Mapping[str, int]) -> KernelVariant:
-        return KernelVariant(
-            entry=entry,
-            template=f"wkv7_chunked_{entry}.cu",
-            min_arch=80,
-            head_sizes=(self.head_size,),
-            dtypes=("bf16",),
-            chunk_lengths=(16,),
-            constants=lambda config: {
-                "checkpoint_tokens": self.span,
-                "rounded_checkpoints": int(config.checkpoint_dtype == "bf16"),
-                **constants,
-            },
-            # One limit for both: the entries share their checkpoints.
-            shared_bytes=max(self.forward["shared_bytes"], self.backward["shared_bytes"]),
-            checkpoint_tokens=self.span,
-            checkpoint_dtypes=CHECKPOINT_DTYPES,
-        )
-
-
+# On tensor cores, by what shared memory allows; the first that fits is used.
 _CHUNKED = (
-    _Chunked(
-        64,
-        64,
-        {"warps": 4, "blocks": 2, "shared_bytes": 105_536},
-        {"warps": 8, "blocks": 1, "shared_bytes": 212_992},
-    ),
-    _Chunked(
-        64,
-        64,
-        {"warps": 4, "blocks": 1, "shared_bytes": 105_536},
-        {"warps": 4, "blocks": 1, "shared_bytes": 166_912},
-    ),
-    _Chunked(
-        64,
-        32,
-        {"warps": 4, "blocks": 1, "shared_bytes": 69_120},
-        {"warps": 4, "blocks": 1, "shared_bytes": 91_136},
-    ),
-    _Chunked(
-        128,
-        32,
-        {"warps": 8, "blocks": 1, "shared_bytes": 126_976},
-        {"warps": 8, "blocks": 1, "shared_bytes": 219_648},
-    ),
+    Chunked(64, 64, forward=Block(4, 4, 2, 105_536), backward=Block(8, 4, 1, 212_992)),
+    Chunked(64, 64, forward=Block(4, 4, 1, 105_536), backward=Block(4, 4, 1, 166_912)),
+    Chunked(64, 32, forward=Block(4, 4, 1, 69_120), backward=Block(4, 4, 1, 91_136)),
+    Chunked(128, 32, forward=Block(8, 8, 1, 126_976), backward=Block(8, 8, 1, 219_648)),
 )
-
 
 WKV7 = OpSpec(
     name="wkv7",
@@ -119,7 +63,7 @@ WKV7 = OpSpec(
     saved_outputs=("checkpoints",),
     decays=("loglog", "logit", "log"),
     variants=(
-        *(variant for setting in _CHUNKED for variant in setting.variants()),
+        *(variant for row in _CHUNKED for variant in row.variants("wkv7", {}, ())),
         *recurrence_variants("wkv7", constants={}, backward_scratch=()),
     ),
 )

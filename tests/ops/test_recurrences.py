@@ -117,6 +117,7 @@ ADVERSARIAL: dict[str, tuple[str, Callable[[str, int], Call]]] = {
         with_w(lambda s: pick([-50.0, -10.0, -1.0, -1e-6, 0.0], *s)),
     ),
     "log decay of -50 throughout": ("log", with_w(lambda s: torch.full(s, -50.0))),
+    "log decay of -100 beside -0.1": ("log", with_w(lambda s: pick([-100.0, -0.1], *s))),
     "log decay of minus infinity": ("log", with_w(lambda s: pick([-torch.inf, -0.1], *s))),
     "log decay around the bound of the triangles": (
         "log",

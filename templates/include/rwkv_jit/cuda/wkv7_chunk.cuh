@@ -8,10 +8,27 @@
 //   Y = R' S^T + M V,   S <- S diag(P_L) + (S W^T) B^ + V^T K''
 // Factors against the state have exponents of at most 0 and are exact for any decay. In the four
 // triangles the two factors meet at the chunk's middle, and there a token's decay is bounded from
-// below, by e^-10, so that neither overflows; what lies before such a token counts for nothing.
-#include "rwkv_jit/cuda/wkv7_tokens.cuh"
+// below, by e^-8, so that neither overflows; what lies before such a token counts for nothing.
+#include "rwkv_jit/cuda/chunk_rows.cuh"
 
 namespace rwkv_jit {
+
+// A chunk's tensors as they lie in memory; zeros for tokens that are not there. A w of float32 is
+// read from where it is.
+struct Raw {
+  bf16 r[TOKENS][ROW], k[TOKENS][ROW], a[TOKENS][ROW], b[TOKENS][ROW], w[TOKENS][ROW];
+};
+
+// Asks for a chunk's tensors.
+template <int THREADS, typename Args>
+__device__ __forceinline__ void fetch(const Args& args, const Tokens& tokens, int first, int thread,
+                                      Raw& raw) {
+  if (args.w_dtype != FP32) fetch_rows<TOKENS, THREADS>(args.w, tokens, first, thread, raw.w);
+  fetch_rows<TOKENS, THREADS>(args.a, tokens, first, thread, raw.a);
+  fetch_rows<TOKENS, THREADS>(args.r, tokens, first, thread, raw.r);
+  fetch_rows<TOKENS, THREADS>(args.b, tokens, first, thread, raw.b);
+  fetch_rows<TOKENS, THREADS>(args.k, tokens, first, thread, raw.k);
+}
 
 struct Chunk {
   bf16 w[TOKENS][ROW];      // W; before that a P-
@@ -30,20 +47,6 @@ struct Chunk {
   };
 };
 
-// Zeros above the diagonal, and on it if STRICT; selected, as what is there may be infinite.
-template <bool STRICT>
-__device__ __forceinline__ void lower_triangle(Accumulator (&matrix)[2]) {
-  const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
-#pragma unroll
-  for (int tile = 0; tile < 2; ++tile)
-#pragma unroll
-    for (int at = 0; at < 4; ++at) {
-      const int row = g + at / 2 * 8, column = tile * 8 + 2 * q + at % 2;
-      const bool keep = STRICT ? row > column : row >= column;
-      matrix[tile][at] = keep ? matrix[tile][at] : 0.0f;
-    }
-}
-
 // Writes a 16 x 16 float matrix by columns, COLUMN floats apart.
 template <int COLUMN>
 __device__ __forceinline__ void store_columns(const Accumulator (&matrix)[2],
@@ -53,14 +56,6 @@ __device__ __forceinline__ void store_columns(const Accumulator (&matrix)[2],
   for (int tile = 0; tile < 2; ++tile)
 #pragma unroll
     for (int at = 0; at < 4; ++at) to[tile * 8 + 2 * q + at % 2][g + at / 2 * 8] = matrix[tile][at];
-}
-
-// Writes an accumulator of 8 columns to rows of bf16, COLUMNS apart.
-template <int COLUMNS>
-__device__ __forceinline__ void store_tile(const Accumulator& tile, bf16* to) {
-  const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
-  *reinterpret_cast<uint32_t*>(to + g * COLUMNS + 2 * q) = pack(tile[0], tile[1]);
-  *reinterpret_cast<uint32_t*>(to + (g + 8) * COLUMNS + 2 * q) = pack(tile[2], tile[3]);
 }
 
 // Columns of T (lanes 0..15) and of G = T A_ak (lanes 16..31), by substitution in float: column x
@@ -94,61 +89,12 @@ __device__ __forceinline__ void solve(Chunk& chunk) {
   __syncwarp();
 }
 
-// A pair of values times a factor each: a tile's factors of token g, or g + 8 if `row` is 1.
-__device__ __forceinline__ uint32_t scaled(uint32_t pair, const Accumulator& factors, int row) {
-  return pack(low_of(pair) * factors[2 * row], high_of(pair) * factors[2 * row + 1]);
-}
-
-// Rows of tokens times factors, as a first operand [token, channel] or a second [channel, token].
-__device__ __forceinline__ OperandA scaled(const OperandA& rows, const Accumulator (&factors)[2]) {
-  OperandA to;
-#pragma unroll
-  for (int at = 0; at < 4; ++at) to.at[at] = scaled(rows.at[at], factors[at / 2], at % 2);
-  return to;
-}
-__device__ __forceinline__ OperandB scaled(const OperandB& rows, const Accumulator (&factors)[2]) {
-  OperandB to;
-#pragma unroll
-  for (int at = 0; at < 4; ++at) to.at[at] = scaled(rows.at[at], factors[at % 2], at / 2);
-  return to;
-}
-
-// Writes such rows at a chunk's channels.
-__device__ __forceinline__ void store_rows(const OperandA& rows, bf16* to) {
-  const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
-#pragma unroll
-  for (int at = 0; at < 4; ++at)
-    *reinterpret_cast<uint32_t*>(to + (g + at % 2 * 8) * ROW + at / 2 * 8 + 2 * q) = rows.at[at];
-}
-__device__ __forceinline__ void store_rows(const OperandB& rows, bf16* to) {
-  store_rows(OperandA{rows.at[0], rows.at[2], rows.at[1], rows.at[3]}, to);
-}
-
-// Such rows as accumulators.
-__device__ __forceinline__ void widen(const OperandA& rows, Accumulator (&to)[2]) {
-#pragma unroll
-  for (int at = 0; at < 4; ++at) {
-    to[at / 2][at % 2 * 2] = low_of(rows.at[at]);
-    to[at / 2][at % 2 * 2 + 1] = high_of(rows.at[at]);
-  }
-}
-
 enum Triangle { AB, AK, QB, QK, TRIANGLES };
 
 // A chunk is prepared by PARTS warps, each with as many of its channels. What each adds to the
 // triangles, as its lanes hold it:
 template <int PARTS>
 using Partials = float4[PARTS][PARTS == 1 ? 1 : TRIANGLES * 2 * 32];
-
-// Waits for the warps that prepare the same chunk.
-template <int PARTS>
-__device__ __forceinline__ void sync_chunk() {
-  if constexpr (PARTS == 1) {
-    __syncwarp();
-  } else {
-    wait_at<PARTS * 32>(1 + threadIdx.x / 32 / PARTS);
-  }
-}
 
 // Adds up what the warps have of the triangles. Of each OWN = 4 / PARTS a warp gets the whole.
 template <int PARTS>

@@ -1,5 +1,5 @@
 #pragma once
-// The tokens of a chunk of wkv7: how they come into shared memory, and their decays.
+// The tokens of a chunk: how they come into shared memory, and their decays.
 #include "rwkv_jit/cuda/mma.cuh"
 #include "rwkv_jit/layout.h"
 
@@ -12,11 +12,14 @@ constexpr int CHANNELS = N;        // head size; the source that includes this d
 constexpr int ROW = CHANNELS + 8;  // of bf16 in shared memory; the padding keeps banks apart
 constexpr int PADDED = 24;         // columns of a matrix [16 x 16] there
 constexpr float LOG2_E = 1.4426950408889634f;
-constexpr float STRONGEST = -10.0f * LOG2_E;  // log2 d inside the triangles
+constexpr float STRONGEST = -8.0f * LOG2_E;  // log2 d inside the triangles
+constexpr float SMALLEST_FACTOR = -100.0f;   // log2 d, where w is d
 
-// log2 of the decay factor. Finite, so that differences are; exp2 of the bound is 0.
+// log2 of the decay factor. Finite, so that differences are; exp2 of the bound is 0, and for FACTOR
+// small enough that its square is.
 template <DecayKind KIND>
 __device__ __forceinline__ float log2_decay(float w) {
+  if constexpr (KIND == FACTOR) return fmaxf(log2f(w), SMALLEST_FACTOR);
   float log_d = w * LOG2_E;
   if constexpr (KIND == LOGLOG) {
     log_d = -LOG2_E * exp2_fast(w * LOG2_E);
@@ -25,12 +28,6 @@ __device__ __forceinline__ float log2_decay(float w) {
   }
   return fmaxf(log_d, -1e4f);
 }
-
-// A chunk's tensors as they lie in memory; zeros for tokens that are not there. A w of float32 is
-// read from where it is.
-struct Raw {
-  bf16 r[TOKENS][ROW], k[TOKENS][ROW], a[TOKENS][ROW], b[TOKENS][ROW], w[TOKENS][ROW];
-};
 
 // Where the tokens of one sequence and head lie in a tensor [B, T, H, N].
 struct Tokens {
@@ -54,17 +51,6 @@ __device__ __forceinline__ void fetch_rows(const void* from, const Tokens& token
 #pragma unroll
   for (int at = 0; at < COUNT; at += STEP)
     copy_async(&to[row + at][column], source + at * tokens.stride, first + row + at < tokens.count);
-}
-
-// Asks for a chunk's tensors.
-template <int THREADS, typename Args>
-__device__ __forceinline__ void fetch(const Args& args, const Tokens& tokens, int first, int thread,
-                                      Raw& raw) {
-  if (args.w_dtype != FP32) fetch_rows<TOKENS, THREADS>(args.w, tokens, first, thread, raw.w);
-  fetch_rows<TOKENS, THREADS>(args.a, tokens, first, thread, raw.a);
-  fetch_rows<TOKENS, THREADS>(args.r, tokens, first, thread, raw.r);
-  fetch_rows<TOKENS, THREADS>(args.b, tokens, first, thread, raw.b);
-  fetch_rows<TOKENS, THREADS>(args.k, tokens, first, thread, raw.k);
 }
 
 // Where the elements of a lane's second operand lie, whose rows are tokens and columns channels:
@@ -130,8 +116,17 @@ struct TokenSums {
     after = ones(x > g, y > g);
   }
 
+  // The matrix of 1 that changes nothing.
+  __device__ __forceinline__ OperandA same() const {
+    return {up_to ^ before, 0, 0, up_to ^ before};
+  }
   __device__ __forceinline__ OperandA sum_up_to() const { return {up_to, ONES, 0, up_to}; }
   __device__ __forceinline__ OperandA sum_before() const { return {before, ONES, 0, before}; }
+  // The first row, whose sum before it is nothing, has the sum of all tokens instead.
+  __device__ __forceinline__ OperandA sum_before_and_all() const {
+    const bool first = threadIdx.x % 32 < 4;
+    return {first ? ONES : before, ONES, first ? ONES : 0, before};
+  }
   __device__ __forceinline__ OperandA sum_from() const { return {from, 0, ONES, from}; }
   __device__ __forceinline__ OperandA sum_after() const { return {after, 0, ONES, after}; }
   // From the chunk's middle up to t: what follows t is taken off where t lies before it.

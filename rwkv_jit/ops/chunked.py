@@ -1,0 +1,77 @@
+"""The kernels that take a sequence chunk by chunk on tensor cores, as rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from ..config import CHECKPOINT_DTYPES
+from ..spec import KernelVariant, TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A block of threads: its warps, those that share the state, how many blocks share a
+    multiprocessor, and the bytes of shared memory that it needs."""
+
+    warps: int
+    state_warps: int
+    per_multiprocessor: int
+    shared_bytes: int
+
+    def constants(self) -> Mapping[str, int]:
+        return {
+            "warps": self.warps,
+            "state_warps": self.state_warps,
+            "blocks": self.per_multiprocessor,
+            "shared_bytes": self.shared_bytes,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Chunked:
+    """How much a block works on at once: a span of tokens, whose chunks its warps prepare side by
+    side. Checkpoints stand before each span."""
+
+    head_size: int
+    span: int
+    forward: Block
+    backward: Block
+
+    def variants(
+        self,
+        templates: str,
+        constants: Mapping[str, int],
+        backward_scratch: tuple[TensorSpec, ...],
+    ) -> tuple[KernelVariant, KernelVariant]:
+        """The variants of `<templates>_chunked_forward.cu` and `_chunked_backward.cu`.
+
+        constants: what the templates take beside their sizes.
+        backward_scratch: tensors that the backward launcher needs.
+        """
+        forward = KernelVariant(
+            entry="forward",
+            template=f"{templates}_chunked_forward.cu",
+            min_arch=80,
+            head_sizes=(self.head_size,),
+            dtypes=("bf16",),
+            chunk_lengths=(16,),
+            constants=lambda config: {
+                "checkpoint_tokens": self.span,
+                "rounded_checkpoints": int(config.checkpoint_dtype == "bf16"),
+                **self.forward.constants(),
+                **constants,
+            },
+            # One limit for both: the entries share their checkpoints.
+            shared_bytes=max(self.forward.shared_bytes, self.backward.shared_bytes),
+            checkpoint_tokens=self.span,
+            checkpoint_dtypes=CHECKPOINT_DTYPES,
+        )
+        backward = replace(
+            forward,
+            entry="backward",
+            template=f"{templates}_chunked_backward.cu",
+            constants=lambda config: {**forward.constants(config), **self.backward.constants()},
+            scratch=backward_scratch,
+        )
+        return forward, backward

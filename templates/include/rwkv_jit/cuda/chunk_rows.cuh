@@ -1,0 +1,182 @@
+#pragma once
+// Rows of a chunk's tokens in fragments: what is done with them elementwise, and where they go.
+#include "rwkv_jit/cuda/chunk_tokens.cuh"
+
+namespace rwkv_jit {
+
+// Zeros above the diagonal, and on it if STRICT; selected, as what is there may be infinite.
+template <bool STRICT>
+__device__ __forceinline__ void lower_triangle(Accumulator (&matrix)[2]) {
+  const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+#pragma unroll
+  for (int tile = 0; tile < 2; ++tile)
+#pragma unroll
+    for (int at = 0; at < 4; ++at) {
+      const int row = g + at / 2 * 8, column = tile * 8 + 2 * q + at % 2;
+      const bool keep = STRICT ? row > column : row >= column;
+      matrix[tile][at] = keep ? matrix[tile][at] : 0.0f;
+    }
+}
+
+// Writes an accumulator of 8 columns to rows of bf16, COLUMNS apart.
+template <int COLUMNS>
+__device__ __forceinline__ void store_tile(const Accumulator& tile, bf16* to) {
+  const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+  *reinterpret_cast<uint32_t*>(to + g * COLUMNS + 2 * q) = pack(tile[0], tile[1]);
+  *reinterpret_cast<uint32_t*>(to + (g + 8) * COLUMNS + 2 * q) = pack(tile[2], tile[3]);
+}
+
+// A pair of values times a factor each: a tile's factors of token g, or g + 8 if `row` is 1.
+__device__ __forceinline__ uint32_t scaled(uint32_t pair, const Accumulator& factors, int row) {
+  return pack(low_of(pair) * factors[2 * row], high_of(pair) * factors[2 * row + 1]);
+}
+
+// Rows of tokens times factors, as a first operand [token, channel] or a second [channel, token].
+__device__ __forceinline__ OperandA scaled(const OperandA& rows, const Accumulator (&factors)[2]) {
+  OperandA to;
+#pragma unroll
+  for (int at = 0; at < 4; ++at) to.at[at] = scaled(rows.at[at], factors[at / 2], at % 2);
+  return to;
+}
+__device__ __forceinline__ OperandB scaled(const OperandB& rows, const Accumulator (&factors)[2]) {
+  OperandB to;
+#pragma unroll
+  for (int at = 0; at < 4; ++at) to.at[at] = scaled(rows.at[at], factors[at % 2], at / 2);
+  return to;
+}
+
+// Writes such rows at a chunk's channels.
+__device__ __forceinline__ void store_rows(const OperandA& rows, bf16* to) {
+  const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+#pragma unroll
+  for (int at = 0; at < 4; ++at)
+    *reinterpret_cast<uint32_t*>(to + (g + at % 2 * 8) * ROW + at / 2 * 8 + 2 * q) = rows.at[at];
+}
+__device__ __forceinline__ void store_rows(const OperandB& rows, bf16* to) {
+  store_rows(OperandA{rows.at[0], rows.at[2], rows.at[1], rows.at[3]}, to);
+}
+
+// Such rows as accumulators.
+__device__ __forceinline__ void widen(const OperandA& rows, Accumulator (&to)[2]) {
+#pragma unroll
+  for (int at = 0; at < 4; ++at) {
+    to[at / 2][at % 2 * 2] = low_of(rows.at[at]);
+    to[at / 2][at % 2 * 2 + 1] = high_of(rows.at[at]);
+  }
+}
+
+// Waits for the warps that prepare the same chunk.
+template <int PARTS>
+__device__ __forceinline__ void sync_chunk() {
+  if constexpr (PARTS == 1) {
+    __syncwarp();
+  } else {
+    wait_at<PARTS * 32>(1 + threadIdx.x / 32 / PARTS);
+  }
+}
+
+// dlog d / dw, from log2 d.
+template <DecayKind KIND>
+__device__ __forceinline__ float decay_slope(float log2_d) {
+  if constexpr (KIND == FACTOR) return exp2_fast(-log2_d);
+  if constexpr (KIND == LOG) return 1.0f;
+  const float log_d = log2_d * (1.0f / LOG2_E);
+  return KIND == LOGLOG ? log_d : log_d * (1.0f + log_d * (1.0f / 0.60653065971263342f));
+}
+
+// Sums from the last token back: upper are rows 0..7, lower rows 8..15, one a lane.
+__device__ __forceinline__ void running_sum_back(float& upper, float& lower) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int step = 4; step < 32; step *= 2) {
+    const float above = __shfl_down_sync(0xffffffffu, upper, step);
+    const float below = __shfl_down_sync(0xffffffffu, lower, step);
+    upper += lane + step < 32 ? above : 0.0f;
+    lower += lane + step < 32 ? below : 0.0f;
+  }
+  upper += __shfl_sync(0xffffffffu, lower, lane % 4);
+}
+
+// Writes a gradient [token, channel] of such pairs.
+__device__ __forceinline__ void store_pairs(const Accumulator (&values)[2], void* to, int64_t at,
+                                            int token_stride, const bool (&valid)[2]) {
+  bf16* first = static_cast<bf16*>(to) + at;
+#pragma unroll
+  for (int part = 0; part < 4; ++part)
+    if (valid[part % 2])
+      *reinterpret_cast<uint32_t*>(first + part % 2 * 8 * token_stride + part / 2 * 8) =
+          pack(values[part / 2][part % 2 * 2], values[part / 2][part % 2 * 2 + 1]);
+}
+__device__ __forceinline__ void store_wide_pairs(const Accumulator (&values)[2], void* to,
+                                                 int64_t at, int token_stride,
+                                                 const bool (&valid)[2]) {
+  float* first = static_cast<float*>(to) + at;
+#pragma unroll
+  for (int part = 0; part < 4; ++part)
+    if (valid[part % 2])
+      *reinterpret_cast<float2*>(first + part % 2 * 8 * token_stride + part / 2 * 8) =
+          make_float2(values[part / 2][part % 2 * 2], values[part / 2][part % 2 * 2 + 1]);
+}
+
+// The same of sixteen channels of a chunk's tokens, of which `first` is the first.
+struct TokenRows {
+  int64_t place;
+  int stride;
+  bool valid[2];
+
+  __device__ __forceinline__ TokenRows(const Tokens& tokens, int first, int channel)
+      : place(tokens.at(first + threadIdx.x % 32 / 4) + channel + threadIdx.x % 4 * 2),
+        stride(tokens.stride),
+        valid{first + static_cast<int>(threadIdx.x % 32 / 4) < tokens.count,
+              first + static_cast<int>(threadIdx.x % 32 / 4) + 8 < tokens.count} {}
+};
+__device__ __forceinline__ void store_tokens(const Accumulator (&values)[2], void* to,
+                                             const Tokens& tokens, int first, int channel) {
+  const TokenRows rows(tokens, first, channel);
+  store_pairs(values, to, rows.place, rows.stride, rows.valid);
+}
+__device__ __forceinline__ void store_wide_tokens(const Accumulator (&values)[2], void* to,
+                                                  const Tokens& tokens, int first, int channel) {
+  const TokenRows rows(tokens, first, channel);
+  store_wide_pairs(values, to, rows.place, rows.stride, rows.valid);
+}
+
+// Gradients times factors, and others added, elementwise.
+__device__ __forceinline__ void scale(Accumulator (&gradient)[2], const Accumulator (&factors)[2]) {
+#pragma unroll
+  for (int at = 0; at < 8; ++at) gradient[at / 4][at % 4] *= factors[at / 4][at % 4];
+}
+__device__ __forceinline__ void scale_and_add(Accumulator (&gradient)[2],
+                                              const Accumulator (&factors)[2],
+                                              const Accumulator (&others)[2]) {
+#pragma unroll
+  for (int at = 0; at < 8; ++at)
+    gradient[at / 4][at % 4] =
+        fmaf(gradient[at / 4][at % 4], factors[at / 4][at % 4], others[at / 4][at % 4]);
+}
+
+// sum += rows * gradients (or less them), elementwise.
+template <bool MINUS = false>
+__device__ __forceinline__ void add_overlap(const OperandA& rows, const Accumulator (&gradient)[2],
+                                            Accumulator (&sum)[2]) {
+  Accumulator wide[2];
+  widen(rows, wide);
+#pragma unroll
+  for (int tile = 0; tile < 2; ++tile)
+#pragma unroll
+    for (int at = 0; at < 4; ++at)
+      sum[tile][at] =
+          fmaf(MINUS ? -wide[tile][at] : wide[tile][at], gradient[tile][at], sum[tile][at]);
+}
+
+// The diagonal of a matrix of sixteen channels, for this lane's four, [tile, odd].
+__device__ __forceinline__ void diagonal(const Accumulator (&matrix)[2], float (&to)[2][2]) {
+  const int q = threadIdx.x % 4;
+#pragma unroll
+  for (int tile = 0; tile < 2; ++tile)
+#pragma unroll
+    for (int odd = 0; odd < 2; ++odd)
+      to[tile][odd] = __shfl_sync(0xffffffffu, matrix[tile][2 * tile + odd], (2 * q + odd) * 4 + q);
+}
+
+}  // namespace rwkv_jit
