@@ -30,7 +30,7 @@ static_assert(WARPS >= STATE_WARPS);
 // A warp's sixteen rows of the state, [value, key].
 using State = Accumulator[STEPS][2];
 
-__device__ __forceinline__ int own_value() { return threadIdx.x / 32 * 16; }
+__device__ __forceinline__ int own_value() { return threadIdx.x / 32 % STATE_WARPS * 16; }
 
 // This lane's place in the state's matrix.
 __device__ __forceinline__ int64_t state_place(int64_t head_index, int step, int tile, int at) {
@@ -72,8 +72,8 @@ constexpr int CHECKPOINT_BYTES = N * N / 4 * static_cast<int>(sizeof(CheckpointP
 // This lane's part of one, the first tile's; others follow 32 apart.
 __device__ __forceinline__ CheckpointPart* checkpoint_place(const Arguments& args, int64_t index) {
   char* checkpoint = static_cast<char*>(args.checkpoints) + index * CHECKPOINT_BYTES;
-  return reinterpret_cast<CheckpointPart*>(checkpoint) + threadIdx.x / 32 * STEPS * 2 * 32 +
-         threadIdx.x % 32;
+  return reinterpret_cast<CheckpointPart*>(checkpoint) +
+         threadIdx.x / 32 % STATE_WARPS * STEPS * 2 * 32 + threadIdx.x % 32;
 }
 
 // state <- state diag(P_L) + left_a right_a + left_b right_b.

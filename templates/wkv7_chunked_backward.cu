@@ -247,6 +247,7 @@ __device__ __forceinline__ void fetch_chunk(const Arguments& args, const Tokens&
 __device__ __forceinline__ void chunk_gradients(const Arguments& args, const Tokens& tokens,
                                                 int first, Shared& shared, int at) {
   const int member = threadIdx.x / 32 % STATE_WARPS;
+  sync_group();  // the group's rows of what was scanned are there
   if (member < TRIANGLES) triangle_gradient(shared, at, member);
   sync_group();
   channel_gradients(args, tokens, first + at * TOKENS, shared, at, member * 16);
@@ -278,24 +279,26 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) backward_kernel(const Argumen
     prepare<DECAY, PARTS>(args, tokens, first + own * TOKENS, shared.raw[own], shared.chunks[own],
                           shared.partials[own]);
     __syncthreads();  // the chunks are there
-    if (group == 0) {
+    if constexpr (GROUPS == 1) {
       scan_span_forward(checkpoint_place(args, checkpoint), shared, chunks);
       for (int at = chunks - 1; at >= 0; --at) {
+        store_u(shared, at);
         scan_backward(args, tokens, first + at * TOKENS, shared, at, d);
-        if constexpr (GROUPS == 1) {
-          sync_group();  // D, U and dX of all rows are there
-          chunk_gradients(args, tokens, first, shared, at);
-        } else if (at != HELPED) {
-          arrive_at<THREADS>(SCANNED_BARRIER + at);
-        }
+        chunk_gradients(args, tokens, first, shared, at);
       }
-      if (GROUPS > 1 && chunks > HELPED) {
-        sync_group();
-        chunk_gradients(args, tokens, first, shared, HELPED);
-      }
-    } else {
+    } else if (group == 0) {
       for (int at = chunks - 1; at >= 0; --at) {
-        if (at == HELPED) continue;
+        scan_backward(args, tokens, first + at * TOKENS, shared, at, d);
+        if (at >= OTHERS) arrive_at<THREADS>(SCANNED_BARRIER + at);
+      }
+      wait_at<THREADS>(U_BARRIER);
+      for (int at = min(chunks, OTHERS) - 1; at >= 0; --at)
+        chunk_gradients(args, tokens, first, shared, at);
+    } else {
+      scan_span_forward(checkpoint_place(args, checkpoint), shared, chunks);
+      for (int at = chunks - 1; at >= 0; --at) store_u(shared, at);
+      arrive_at<THREADS>(U_BARRIER);
+      for (int at = chunks - 1; at >= OTHERS; --at) {
         wait_at<THREADS>(SCANNED_BARRIER + at);
         chunk_gradients(args, tokens, first, shared, at);
       }
