@@ -25,6 +25,8 @@ namespace {
 
 using namespace rwkv_jit;
 
+constexpr bool BOUNDED = {{bounded}};  // no decay is below e^-10
+
 // The gradient of one of a chunk's triangles, by this warp.
 __device__ __forceinline__ void triangle_gradient(Shared& shared, int at, int which) {
   const Scanned& scanned = shared.work.scanned[at % SCANNED];
@@ -76,20 +78,19 @@ __device__ __forceinline__ void channel_gradients(const Arguments& args, const T
   const int stride = tokens.stride;
   const TokenSums sums;
   Accumulator log_d[2], bounded[2];
-  loaded.log2_decays<DECAY>(
+  loaded.log2_decays<DECAY, BOUNDED>(
       args.w_dtype == FP32 ? static_cast<const float*>(args.w) + place : nullptr, stride, valid,
       log_d);
 #pragma unroll
   for (int x = 0; x < 8; ++x) bounded[x / 4][x % 4] = log_d[x / 4][x % 4];
-  const Decays decays = decays_of<DECAY>(bounded);
+  const Decays decays = decays_of<DECAY, BOUNDED>(bounded);
 
   // In the triangles.
   Accumulator dr[2] = {}, da[2] = {}, dk[2] = {}, db[2] = {}, dw[2] = {};
   {
     Accumulator from_middle[2], before[2], to_middle[2];
-    exp2_of_sums(sums.from_middle(), decays.bounded, from_middle);
+    exp2_of_sums(sums.from_middle(), decays.bounded, from_middle, to_middle);
     exp2_of_sums(sums.from_middle_before(), decays.bounded, before);
-    exp2_of_sums<true>(sums.from_middle(), decays.bounded, to_middle);
     const OperandA r = scaled(loaded.r, from_middle), a = scaled(loaded.a, before),
                    k = scaled(loaded.k, to_middle), b = scaled(loaded.b, to_middle);
     OperandA left;
@@ -129,7 +130,7 @@ __device__ __forceinline__ void channel_gradients(const Arguments& args, const T
         dw[tile][2 + odd] = lower - own[tile][2 + odd];
       }
     // The triangles have the bounded decay; what crosses this token has its own in truth.
-    if constexpr (DECAY != LOGIT) {
+    if constexpr (!BOUNDED) {
 #pragma unroll
       for (int x = 0; x < 8; ++x)
         dw[x / 4][x % 4] *= exp2_fast(log_d[x / 4][x % 4] - fmaxf(log_d[x / 4][x % 4], STRONGEST));
@@ -276,8 +277,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) backward_kernel(const Argumen
     copies_done();
     __syncthreads();  // the tensors are there
     prefetch_next(args, tokens, first - SPAN, checkpoint);
-    prepare<DECAY, PARTS>(args, tokens, first + own * TOKENS, shared.raw[own], shared.chunks[own],
-                          shared.partials[own]);
+    prepare<DECAY, BOUNDED, PARTS>(args, tokens, first + own * TOKENS, shared.raw[own],
+                                   shared.chunks[own], shared.partials[own]);
     __syncthreads();  // the chunks are there
     if constexpr (GROUPS == 1) {
       scan_span_forward(checkpoint_place(args, checkpoint), shared, chunks);

@@ -54,12 +54,14 @@ class _Chunked:
             constants=lambda config: {
                 "checkpoint_tokens": self.span,
                 "rounded_checkpoints": int(config.checkpoint_dtype == "bf16"),
+                "bounded": int(config.bounded or config.decay == "logit"),
                 **constants,
             },
             # One limit for both: the entries share their checkpoints.
             shared_bytes=max(self.forward["shared_bytes"], self.backward["shared_bytes"]),
             checkpoint_tokens=self.span,
             checkpoint_dtypes=CHECKPOINT_DTYPES,
+            uses_bound=True,
         )
 
 
