@@ -178,19 +178,27 @@ __device__ __forceinline__ void add_parts(Accumulator (&sums)[TRIANGLES][2],
   }
 }
 
-// Factors against the state: exp2 of sums over tokens, or, BOUNDED, the triangles' factors times
-// what the chunk's first or second half decays by.
-template <bool BOUNDED, int HALF>
-__device__ __forceinline__ void state_factors(const Accumulator (&inside)[2],
-                                              const Accumulator (&halves)[2], const OperandA& sums,
-                                              const Decays& decays, Accumulator (&factors)[2]) {
-  if constexpr (!BOUNDED) {
-    exp2_of_sums(sums, decays.log_d, factors);
-  } else {
+// Factors inside the triangles times what the chunk's first or second half decays by, which
+// `halves` has in its upper or lower rows.
+template <int HALF>
+__device__ __forceinline__ void scale_by_half(const Accumulator (&inside)[2],
+                                              const Accumulator (&halves)[2],
+                                              Accumulator (&factors)[2]) {
 #pragma unroll
-    for (int at = 0; at < 8; ++at)
-      factors[at / 4][at % 4] = inside[at / 4][at % 4] * halves[at / 4][2 * HALF + at % 2];
-  }
+  for (int at = 0; at < 8; ++at)
+    factors[at / 4][at % 4] = inside[at / 4][at % 4] * halves[at / 4][2 * HALF + at % 2];
+}
+
+// exp2 of sums up to a token: factors against the state before the chunk, by `sums`, and inside the
+// triangles, by sums from the middle; of the latter 1 over it, too, where it is wanted.
+template <bool BOUNDED, typename... Inverse>
+__device__ __forceinline__ void factors_of(const OperandA& sums, const OperandA& from_middle,
+                                           const Decays& decays, const Accumulator (&halves)[2],
+                                           Accumulator (&factors)[2], Accumulator (&inside)[2],
+                                           Inverse&... inverse) {
+  if constexpr (!BOUNDED) exp2_of_sums(sums, decays.log_d, factors);
+  exp2_of_sums(from_middle, decays.bounded, inside, inverse...);
+  if constexpr (BOUNDED) scale_by_half<0>(inside, halves, factors);
 }
 
 // Prepares the chunk whose tokens are first .. first + 15, by PARTS warps. Those that are not there
@@ -228,13 +236,13 @@ __device__ __forceinline__ void prepare(const Args& args, const Tokens& tokens, 
     Accumulator inside[2], inverse[2], factors[2], halves[2];
     if constexpr (BOUNDED) exp2_of_sums(sums.halves(), decays.log_d, halves);
     load<ROW>(&raw.a[0][channel], a);
-    exp2_of_sums(sums.from_middle_before(), decays.bounded, inside);
-    state_factors<BOUNDED, 0>(inside, halves, sums.sum_before(), decays, factors);
+    factors_of<BOUNDED>(sums.sum_before(), sums.from_middle_before(), decays, halves, factors,
+                        inside);
     store_rows(scaled(a, factors), &chunk.w[0][channel]);
     a = scaled(a, inside);
     load<ROW>(&raw.r[0][channel], r);
-    exp2_of_sums(sums.from_middle(), decays.bounded, inside, inverse);
-    state_factors<BOUNDED, 0>(inside, halves, sums.sum_up_to(), decays, factors);
+    factors_of<BOUNDED>(sums.sum_up_to(), sums.from_middle(), decays, halves, factors, inside,
+                        inverse);
     store_rows(scaled(r, factors), &chunk.r[0][channel]);
     if (g == 7) {
 #pragma unroll
@@ -247,7 +255,11 @@ __device__ __forceinline__ void prepare(const Args& args, const Tokens& tokens, 
     OperandB b, k;
     load_transposed<ROW>(&raw.b[0][channel], b);
     load_transposed<ROW>(&raw.k[0][channel], k);
-    state_factors<BOUNDED, 1>(inverse, halves, sums.sum_after(), decays, factors);
+    if constexpr (BOUNDED) {
+      scale_by_half<1>(inverse, halves, factors);
+    } else {
+      exp2_of_sums(sums.sum_after(), decays.log_d, factors);
+    }
     store_rows(scaled(b, factors), &chunk.b[0][channel]);
     store_rows(scaled(k, factors), &chunk.k[0][channel]);
     b = scaled(b, inverse);
