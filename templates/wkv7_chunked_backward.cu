@@ -248,6 +248,7 @@ __device__ __forceinline__ void fetch_chunk(const Arguments& args, const Tokens&
 __device__ __forceinline__ void chunk_gradients(const Arguments& args, const Tokens& tokens,
                                                 int first, Shared& shared, int at) {
   const int member = threadIdx.x / 32 % STATE_WARPS;
+  sync_group();  // the group's rows of what was scanned are there
   if (member < TRIANGLES) triangle_gradient(shared, at, member);
   sync_group();
   channel_gradients(args, tokens, first + at * TOKENS, shared, at, member * 16);
@@ -284,20 +285,24 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) backward_kernel(const Argumen
       for (int at = chunks - 1; at >= 0; --at) {
         store_u(shared, at);
         scan_backward(args, tokens, first + at * TOKENS, shared, at, d);
-        sync_group();  // S, U, D and dX of all rows are there
         chunk_gradients(args, tokens, first, shared, at);
       }
+    } else if (group == 0) {
+      for (int at = chunks - 1; at >= 0; --at) {
+        scan_backward(args, tokens, first + at * TOKENS, shared, at, d);
+        if (at >= OTHERS) arrive_at<THREADS>(SCANNED_BARRIER + at);
+      }
+      wait_at<THREADS>(U_BARRIER);
+      for (int at = min(chunks, OTHERS) - 1; at >= 0; --at)
+        chunk_gradients(args, tokens, first, shared, at);
     } else {
-      if (group == 0) {
-        for (int at = chunks - 1; at >= 0; --at)
-          scan_backward(args, tokens, first + at * TOKENS, shared, at, d);
-      } else {
-        scan_span_forward(checkpoint_place(args, checkpoint), shared, chunks);
-        for (int at = chunks - 1; at >= 0; --at) store_u(shared, at);
-      }
-      __syncthreads();  // S, U, D and dX of all rows and chunks are there
-      for (int at = group; at < chunks; at += GROUPS)
+      scan_span_forward(checkpoint_place(args, checkpoint), shared, chunks);
+      for (int at = chunks - 1; at >= 0; --at) store_u(shared, at);
+      arrive_at<THREADS>(U_BARRIER);
+      for (int at = chunks - 1; at >= OTHERS; --at) {
+        wait_at<THREADS>(SCANNED_BARRIER + at);
         chunk_gradients(args, tokens, first, shared, at);
+      }
     }
     // The last span may have fewer chunks than the one before it.
     for (int at = chunks + group; at < CHUNKS && first > 0; at += GROUPS)

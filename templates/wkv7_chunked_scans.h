@@ -12,14 +12,17 @@ struct Scanned {
   bf16 dx[N][PADDED];  // dX
 };
 
-// With twice the warps that the state needs, one half takes D back through the chunks of a span
-// while the other takes S through them; then each works out the gradients of half of them.
+// With twice the warps that the state needs, one half takes D back through the chunks while the
+// other takes S through them; then that one works out the gradients of the chunks from OTHERS on,
+// as soon as D has come through each, and the first half those of the chunks before.
 constexpr int GROUPS = WARPS / STATE_WARPS;
 static_assert(WARPS == GROUPS * STATE_WARPS && GROUPS <= 2);
-constexpr int SCANNED = GROUPS == 1 ? 1 : CHUNKS;
-// Numbered barriers of the groups, after those of the chunks.
-constexpr int GROUP_BARRIER = 1 + CHUNKS;
-static_assert(GROUP_BARRIER + GROUPS <= 16);
+constexpr int OTHERS = CHUNKS / 2, SCANNED = GROUPS == 1 ? 1 : CHUNKS;
+// Numbered barriers, after those of the chunks: of a group, that S and U of all chunks are there,
+// and that D and dX of a chunk are.
+constexpr int GROUP_BARRIER = 1 + CHUNKS, U_BARRIER = GROUP_BARRIER + GROUPS;
+constexpr int SCANNED_BARRIER = U_BARRIER + 1;
+static_assert(SCANNED_BARRIER + CHUNKS <= 16);
 
 struct Work {
   StateRows state[CHUNKS];  // before each chunk
