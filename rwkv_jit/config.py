@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -16,12 +17,14 @@ CHECKPOINT_DTYPES = ("accumulator", "bf16")
 ENTRIES = ("forward", "backward")
 MAX_HEAD_SIZE = 256
 DEFAULT_CHUNK_LENGTH = 16
+# What a bound on log d, declared by the caller, must be at least to make a difference to kernels.
+BOUNDED_FROM = -8.0
 
 _SLUG = re.compile(
     r"(?P<op>[a-z][a-z0-9]*(?:_decode)?)_n(?P<head_size>\d+)_(?P<dtype>bf16|fp16|fp32|fp64)"
     r"_l(?P<chunk_length>\d+)_(?P<arch>sm\d+[af]?|x86_64_v\d|aarch64)"
     r"(?:_(?P<decay>logit|log|factor))?(?:_s(?P<state_dtype>bf16|fp16|fp32|fp64))?(?P<layout>_kv)?"
-    r"(?:_c(?P<checkpoint_dtype>bf16))?",
+    r"(?:_c(?P<checkpoint_dtype>bf16))?(?P<bounded>_bounded)?",
     # Digits of other scripts are no part of an identifier.
     re.ASCII,
 )
@@ -45,6 +48,7 @@ class OpConfig:
     state_dtype: of initial_state and final_state.
     state_layout: order of the state's last two axes, "vk" (value, key) or "kv".
     checkpoint_dtype: of the states kept for the backward, one of CHECKPOINT_DTYPES.
+    bounded: whether the caller says that log d is nowhere below BOUNDED_FROM.
 
     Raises ConfigError for values outside these sets. Which combinations an operator has kernels
     for is its spec's to say.
@@ -59,6 +63,7 @@ class OpConfig:
     state_dtype: str = "fp32"
     state_layout: str = "vk"
     checkpoint_dtype: str = "accumulator"
+    bounded: bool = False
 
     def __post_init__(self) -> None:
         _choose(self.op, "dtype", self.dtype, DTYPES)
@@ -78,13 +83,14 @@ class OpConfig:
     def slug(self) -> str:
         """The configuration as a C identifier, e.g. `wkv7_n64_bf16_l16_sm90a`; what differs from
         the default decay, state dtype, state layout and checkpoint dtype follows the
-        architecture."""
+        architecture, and last that decays are bounded."""
         parts = [
             f"{self.op}_n{self.head_size}_{self.dtype}_l{self.chunk_length}_{self.arch}",
             "" if self.decay == "loglog" else f"_{self.decay}",
             "" if self.state_dtype == default_state_dtype(self.dtype) else f"_s{self.state_dtype}",
             "" if self.state_layout == "vk" else f"_{self.state_layout}",
             "" if self.checkpoint_dtype == "accumulator" else f"_c{self.checkpoint_dtype}",
+            "_bounded" if self.bounded else "",
         ]
         return "".join(parts)
 
@@ -106,7 +112,24 @@ class OpConfig:
             state_dtype=match["state_dtype"] or default_state_dtype(match["dtype"]),
             state_layout="kv" if match["layout"] else "vk",
             checkpoint_dtype=match["checkpoint_dtype"] or "accumulator",
+            bounded=match["bounded"] is not None,
         )
+
+
+def is_bounded(op: str, lower_bound: float | None) -> bool:
+    """Whether a declared bound on log d makes a difference to kernels; None is no declaration.
+
+    Raises ConfigError for what cannot be a bound.
+    """
+    if lower_bound is None:
+        return False
+    number = type(lower_bound) in (int, float) and not math.isnan(lower_bound)
+    if not number or lower_bound > 0:
+        raise ConfigError(
+            f"{op}: lower_bound={lower_bound!r} must be a number of at most 0, that below which "
+            "the logarithm of no token's decay factor lies, as -0.61; leave it out if there is none"
+        )
+    return lower_bound >= BOUNDED_FROM
 
 
 def _choose(op: str, name: str, value: str, choices: tuple[str, ...]) -> None:

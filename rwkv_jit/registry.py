@@ -11,7 +11,7 @@ import torch
 from .arch import cuda_arch_of_capability, host_cpu_arch, is_cuda, parse_arch
 from .arguments import check_arguments, dtype_of
 from .autograd import torch_ops
-from .config import DEFAULT_CHUNK_LENGTH, ENTRIES, OpConfig, default_state_dtype
+from .config import DEFAULT_CHUNK_LENGTH, ENTRIES, OpConfig, default_state_dtype, is_bounded
 from .errors import ArgumentError, ConfigError
 from .launch import TORCH_DTYPES, dtype_name
 from .loader import KERNELS
@@ -107,9 +107,10 @@ class Op:
             KERNELS.get(self._slug, entry)
 
     def info(self) -> dict[str, Any]:
-        """What this operator is, the bytes of states that a forward keeps for the backward, and for
-        each kernel that is loaded where its binary lies, what the compiler said of it (registers,
-        spills, shared memory) and how long it took to build."""
+        """What this operator is, whether it relies on a declared bound of the decays, the bytes of
+        states that a forward keeps for the backward, and for each kernel that is loaded where its
+        binary lies, what the compiler said of it (registers, spills, shared memory) and how long it
+        took to build."""
         kernels: dict[str, Any] = {}
         for entry in ENTRIES:
             loaded = KERNELS.peek(self._slug, entry)
@@ -127,6 +128,7 @@ class Op:
             "summary": self._spec.summary,
             "formula": self._spec.formula,
             "mode": current_settings().mode,
+            "bounded": self.config.bounded,
             "kept_bytes_per_token_and_head": self._kept_bytes(),
             "kernels": kernels,
         }
@@ -213,6 +215,7 @@ def get_op(
     state_dtype: torch.dtype | None = None,
     state_layout: str = "vk",
     checkpoint_dtype: torch.dtype | None = None,
+    lower_bound: float | None = None,
     build: str = "auto",
 ) -> Op:
     """The operator of one configuration. The same configuration is the same object.
@@ -231,6 +234,10 @@ def get_op(
     checkpoint_dtype: of the states that the forward keeps for the backward, which `op.info()`
         counts; None is float32 (float64 for float64). bfloat16, for tensor-core kernels, halves
         their memory and rounds what the gradients are made of once more.
+    lower_bound: what you know log d to be at least, for every token; -0.61 for decays like those of
+        "logit", which needs no saying. From -8 on tensor-core kernels are a few per cent faster,
+        and take a decay below e^-8 for that; otherwise it changes nothing. None, the default, is
+        right for every decay.
     build: on a cache miss at the first call: "auto" builds, "never" is an error, "always" builds
         even on a hit.
 
@@ -239,7 +246,7 @@ def get_op(
     """
     return _get_op(
         name, head_size, dtype, chunk_length, device, arch, decay, state_dtype, state_layout,
-        checkpoint_dtype, build, _current_gpu(),
+        checkpoint_dtype, lower_bound, build, _current_gpu(),
     )  # fmt: skip
 
 
@@ -261,6 +268,7 @@ def _get_op(
     state_dtype: torch.dtype | None,
     state_layout: str,
     checkpoint_dtype: torch.dtype | None,
+    lower_bound: float | None,
     build: str,
     current_gpu: int | None,
 ) -> Op:
@@ -281,7 +289,9 @@ def _get_op(
         state_dtype=default_state_dtype(short) if state_dtype is None else dtype_name(state_dtype),
         state_layout=state_layout,
         checkpoint_dtype="accumulator" if kept in (None, default_state_dtype(short)) else kept,
+        bounded=is_bounded(name, lower_bound),
     )
+    config = spec.without_idle_bound(config)
     spec.check(config)
     if build != "auto":
         KERNELS.set_policy(config.slug, build)

@@ -4,7 +4,7 @@ the allocation of outputs, the launcher's argument block and the documentation."
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .arch import arch_number, is_cuda, shared_memory
 from .config import OpConfig
@@ -66,6 +66,7 @@ class KernelVariant:
     checkpoint_tokens: tokens between two state checkpoints; 0 is the chunk length. The forward and
         backward variants of a configuration have the same.
     checkpoint_dtypes: what those may be stored in.
+    uses_bound: whether it is another kernel where decays are declared to be bounded.
     """
 
     entry: str
@@ -79,6 +80,7 @@ class KernelVariant:
     shared_bytes: int = 0
     checkpoint_tokens: int = 0
     checkpoint_dtypes: tuple[str, ...] = ("accumulator",)
+    uses_bound: bool = False
 
     def runs_on(self, arch: str) -> bool:
         """Whether this variant's kernel runs on `arch`."""
@@ -131,8 +133,20 @@ class OpSpec:
                 f"{self.name}: state_dtype={config.state_dtype!r} does not go with "
                 f"dtype={config.dtype!r}; float64 operators keep float64 states, others do not"
             )
+        if config != self.without_idle_bound(config):
+            raise ConfigError(
+                f"{self.name}: a bound on the decays changes nothing in kernels like "
+                f"{config.slug}; leave it out"
+            )
         spacings = {self.checkpoint_spacing(config, entry) for entry in self.entries}
         assert len(spacings) == 1, "both entries share the checkpoints"
+
+    def without_idle_bound(self, config: OpConfig) -> OpConfig:
+        """`config`, not bounded where that makes no other kernel: "logit" is bounded as it is."""
+        if not config.bounded:
+            return config
+        used = any(self.variant(config, entry).uses_bound for entry in self.entries)
+        return replace(config, bounded=used and config.decay != "logit")
 
     def checkpoint_spacing(self, config: OpConfig, entry: str) -> int:
         """Tokens between two state checkpoints."""

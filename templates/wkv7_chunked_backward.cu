@@ -1,7 +1,7 @@
 // wkv7 backward on tensor cores: one block per sequence and head, spans of CHUNKS chunks of 16
 // tokens from the last to the first. In a span: its warps prepare the chunks as in the forward;
-// then the first STATE_WARPS of them, each with 16 rows, take the state from the span's checkpoint
-// through the chunks, keeping the state before each, and D = dL/dS back, chunk by chunk
+// then STATE_WARPS of them, each with 16 rows, take the state from the span's checkpoint through the
+// chunks, keeping the state before each, and as many, where there are others, D = dL/dS back
 //   E = D B^^T   dV = K'' D^T + M^T dY   dX = T^T (A_qb^T dY + E^T)
 //   D <- D diag(P_L) + E W + dY^T R'
 // and all warps work out those chunks' gradients (each 16 channels of one; names as in
@@ -25,6 +25,8 @@
 namespace {
 
 using namespace rwkv_jit;
+
+constexpr bool BOUNDED = {{bounded}};  // no decay is below e^-10
 
 // The gradient of one of a chunk's triangles, by this warp.
 __device__ __forceinline__ void triangle_gradient(Shared& shared, int at, int which) {
@@ -67,20 +69,19 @@ __device__ __forceinline__ void channel_gradients(const Arguments& args, const T
   const int stride = tokens.stride;
   const TokenSums sums;
   Accumulator log_d[2], bounded[2];
-  loaded.log2_decays<DECAY>(
+  loaded.log2_decays<DECAY, BOUNDED>(
       args.w_dtype == FP32 ? static_cast<const float*>(args.w) + place : nullptr, stride, valid,
       log_d);
 #pragma unroll
   for (int x = 0; x < 8; ++x) bounded[x / 4][x % 4] = log_d[x / 4][x % 4];
-  const Decays decays = decays_of<DECAY>(bounded);
+  const Decays decays = decays_of<DECAY, BOUNDED>(bounded);
 
   // In the triangles.
   Accumulator dr[2] = {}, da[2] = {}, dk[2] = {}, db[2] = {}, dw[2] = {};
   {
     Accumulator from_middle[2], before[2], to_middle[2];
-    exp2_of_sums(sums.from_middle(), decays.bounded, from_middle);
+    exp2_of_sums(sums.from_middle(), decays.bounded, from_middle, to_middle);
     exp2_of_sums(sums.from_middle_before(), decays.bounded, before);
-    exp2_of_sums<true>(sums.from_middle(), decays.bounded, to_middle);
     const OperandA r = scaled(loaded.r, from_middle), a = scaled(loaded.a, before),
                    k = scaled(loaded.k, to_middle), b = scaled(loaded.b, to_middle);
     OperandA left;
@@ -120,7 +121,7 @@ __device__ __forceinline__ void channel_gradients(const Arguments& args, const T
         dw[tile][2 + odd] = lower - own[tile][2 + odd];
       }
     // The triangles have the bounded decay; what crosses this token has its own in truth.
-    if constexpr (DECAY != LOGIT) {
+    if constexpr (!BOUNDED) {
 #pragma unroll
       for (int x = 0; x < 8; ++x)
         dw[x / 4][x % 4] *= exp2_fast(log_d[x / 4][x % 4] - fmaxf(log_d[x / 4][x % 4], STRONGEST));
@@ -237,6 +238,7 @@ __device__ __forceinline__ void fetch_chunk(const Arguments& args, const Tokens&
 __device__ __forceinline__ void chunk_gradients(const Arguments& args, const Tokens& tokens,
                                                 int first, Shared& shared, int at) {
   const int member = threadIdx.x / 32 % STATE_WARPS;
+  sync_group();  // the group's rows of what was scanned are there
   if (member < TRIANGLES) triangle_gradient(shared, at, member);
   sync_group();
   channel_gradients(args, tokens, first + at * TOKENS, shared, at, member * 16);
@@ -265,27 +267,29 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) backward_kernel(const Argumen
     copies_done();
     __syncthreads();  // the tensors are there
     prefetch_next(args, tokens, first - SPAN, checkpoint);
-    prepare<DECAY, PARTS>(args, tokens, first + own * TOKENS, shared.raw[own], shared.chunks[own],
-                          shared.partials[own]);
+    prepare<DECAY, BOUNDED, PARTS>(args, tokens, first + own * TOKENS, shared.raw[own],
+                                   shared.chunks[own], shared.partials[own]);
     __syncthreads();  // the chunks are there
-    if (group == 0) {
+    if constexpr (GROUPS == 1) {
       scan_span_forward(args, checkpoint, shared, chunks);
       for (int at = chunks - 1; at >= 0; --at) {
+        store_u(shared, at);
         scan_backward(args, tokens, first + at * TOKENS, shared, at, d);
-        if constexpr (GROUPS == 1) {
-          sync_group();  // D, U and dX of all rows are there
-          chunk_gradients(args, tokens, first, shared, at);
-        } else if (at != HELPED) {
-          arrive_at<THREADS>(SCANNED_BARRIER + at);
-        }
+        chunk_gradients(args, tokens, first, shared, at);
       }
-      if (GROUPS > 1 && chunks > HELPED) {
-        sync_group();
-        chunk_gradients(args, tokens, first, shared, HELPED);
-      }
-    } else {
+    } else if (group == 0) {
       for (int at = chunks - 1; at >= 0; --at) {
-        if (at == HELPED) continue;
+        scan_backward(args, tokens, first + at * TOKENS, shared, at, d);
+        if (at >= OTHERS) arrive_at<THREADS>(SCANNED_BARRIER + at);
+      }
+      wait_at<THREADS>(U_BARRIER);
+      for (int at = min(chunks, OTHERS) - 1; at >= 0; --at)
+        chunk_gradients(args, tokens, first, shared, at);
+    } else {
+      scan_span_forward(args, checkpoint, shared, chunks);
+      for (int at = chunks - 1; at >= 0; --at) store_u(shared, at);
+      arrive_at<THREADS>(U_BARRIER);
+      for (int at = chunks - 1; at >= OTHERS; --at) {
         wait_at<THREADS>(SCANNED_BARRIER + at);
         chunk_gradients(args, tokens, first, shared, at);
       }

@@ -16,6 +16,7 @@ namespace {
 
 using namespace rwkv_jit;
 
+constexpr bool BOUNDED = {{bounded}};  // no decay is below e^-10
 static_assert(WARPS == STATE_WARPS);
 
 struct Shared {
@@ -66,8 +67,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) forward_kernel(const Argument
     copies_done();
     __syncthreads();  // and the last span's readers are done
     fetch_rows<SPAN, THREADS>(args.v, tokens, first, threadIdx.x, shared.v);
-    prepare<DECAY, PARTS>(args, tokens, first + own * TOKENS, shared.raw[own], shared.chunks[own],
-                          shared.partials[own]);
+    prepare<DECAY, BOUNDED, PARTS>(args, tokens, first + own * TOKENS, shared.raw[own],
+                                   shared.chunks[own], shared.partials[own]);
     copies_done();
     __syncthreads();
     fetch<PARTS * 32>(args, tokens, first + SPAN + own * TOKENS, thread, shared.raw[own]);

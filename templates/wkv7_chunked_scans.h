@@ -10,13 +10,16 @@ struct Scanned {
   bf16 dx[N][PADDED];  // dX
 };
 
-// With twice the warps that the state needs the second half works out gradients as soon as a chunk
-// is scanned, and the first half those of chunk HELPED when it has scanned them all.
+// With twice the warps that the state needs, one half takes D back through the chunks while the
+// other takes S through them; then that one works out the gradients of the chunks from OTHERS on,
+// as soon as D has come through each, and the first half those of the chunks before.
 constexpr int GROUPS = WARPS / STATE_WARPS;
 static_assert(WARPS == GROUPS * STATE_WARPS && GROUPS <= 2);
-constexpr int HELPED = 1, SCANNED = GROUPS == 1 ? 1 : CHUNKS;
-// Numbered barriers, after those of the chunks: of a group, and that a chunk is scanned.
-constexpr int GROUP_BARRIER = 1 + CHUNKS, SCANNED_BARRIER = GROUP_BARRIER + GROUPS;
+constexpr int OTHERS = CHUNKS / 2, SCANNED = GROUPS == 1 ? 1 : CHUNKS;
+// Numbered barriers, after those of the chunks: of a group, that S and U of all chunks are there,
+// and that D and dX of a chunk are.
+constexpr int GROUP_BARRIER = 1 + CHUNKS, U_BARRIER = GROUP_BARRIER + GROUPS;
+constexpr int SCANNED_BARRIER = U_BARRIER + 1;
 static_assert(SCANNED_BARRIER + CHUNKS <= 16);
 
 struct Work {
@@ -57,7 +60,8 @@ __device__ __forceinline__ void scan_forward(Shared& shared, int at, State& stat
 }
 
 // U of this warp's values, from the state before the chunk.
-__device__ __forceinline__ void store_u(Shared& shared, int at, Scanned& to) {
+__device__ __forceinline__ void store_u(Shared& shared, int at) {
+  Scanned& to = shared.work.scanned[at % SCANNED];
   const Chunk& chunk = shared.chunks[at];
   Accumulator u[2] = {};
   OperandA left;
@@ -75,11 +79,10 @@ __device__ __forceinline__ void store_u(Shared& shared, int at, Scanned& to) {
   store_tile<PADDED>(u[1], &to.u[own_value()][8]);
 }
 
-// D back through one chunk: dV, and for the gradients D after the chunk, U and dX.
+// D back through one chunk: dV, and for the gradients D after the chunk and dX.
 __device__ __forceinline__ void scan_backward(const Arguments& args, const Tokens& tokens,
                                               int first, Shared& shared, int at, State& d) {
   Scanned& to = shared.work.scanned[at % SCANNED];
-  store_u(shared, at, to);
   const Chunk& chunk = shared.chunks[at];
   Accumulator e[2] = {}, dv[2] = {}, dx[2] = {};
   OperandA dy;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import subprocess
 import sys
 import time
@@ -13,8 +14,10 @@ import pytest
 import torch
 
 from comparing import random_call, reference, relative_rms
-from rwkv_jit import OpConfig, get_op, list_ops, registry
+from rwkv_jit import Op, OpConfig, get_op, list_ops, registry
 from rwkv_jit.errors import ArgumentError, ConfigError, KernelMissingError
+from rwkv_jit.ops import SPECS
+from rwkv_jit.render import render
 from rwkv_jit.settings import Settings
 
 
@@ -53,6 +56,36 @@ def test_a_configuration_for_an_architecture_elsewhere_needs_no_gpu() -> None:
     assert rounded.config == OpConfig.parse("wkv7_n64_bf16_l16_sm90a_cbf16")
 
 
+def test_a_declared_bound_is_another_kernel_only_where_one_makes_use_of_it() -> None:
+    def chosen(lower_bound: float | None, **options: object) -> Op:
+        choices = {"head_size": 64, "dtype": torch.bfloat16, "arch": "9.0a", **options}
+        return get_op(lower_bound=lower_bound, **choices)  # type: ignore[arg-type]
+
+    bounded = chosen(-0.61)
+    assert bounded.config == OpConfig.parse("wkv7_n64_bf16_l16_sm90a_bounded")
+    assert bounded.info()["bounded"]
+    assert all(chosen(bound) is bounded for bound in (-8, -8.0, -1e-9, 0))
+    assert not chosen(None).info()["bounded"]
+    for options in (
+        {},
+        {"decay": "logit"},
+        {"name": "wkv6"},
+        {"dtype": torch.float32},
+        {"arch": "cpu"},
+        {"chunk_length": 32},
+    ):
+        bound = -0.61 if options else -8.1
+        assert chosen(bound, **options) is chosen(None, **options)
+        assert chosen(-math.inf, **options) is chosen(None, **options)
+
+
+def test_a_slug_with_a_bound_that_no_kernel_uses_is_refused() -> None:
+    for slug in ("wkv7_n64_fp32_l16_sm90a_bounded", "wkv7_n64_bf16_l16_sm90a_logit_bounded"):
+        config = OpConfig.parse(slug)
+        with pytest.raises(ConfigError, match=f"changes nothing in kernels like {slug}; leave it"):
+            render(SPECS["wkv7"], config, "forward")
+
+
 REFUSED = [
     ({"name": "wkv9"}, "operator 'wkv9' does not exist; choose from wkv5, wkv6, wkv7"),
     ({"head_size": 96, "arch": "9.0a"}, r"wkv7: head_size=96 is not supported on sm_90a; choose f"),
@@ -85,6 +118,10 @@ REFUSED = [
         {"checkpoint_dtype": torch.bfloat16, "arch": "9.0a"},
         "on sm_90a checkpoint_dtype=bf16 goes with dtype bf16, head_size 64 or 128 and chunk",
     ),
+    ({"lower_bound": 0.5}, r"wkv7: lower_bound=0.5 must be a number of at most 0, .* leave it out"),
+    ({"lower_bound": math.nan}, "wkv7: lower_bound=nan must be a number of at most 0"),
+    ({"lower_bound": True}, "wkv7: lower_bound=True must be a number of at most 0"),
+    ({"lower_bound": "-1", "name": "wkv6"}, "wkv6: lower_bound='-1' must be a number"),
     ({"build": "maybe"}, "wkv7: build='maybe' is not known; choose from auto, never, always"),
     ({"arch": "7.5"}, "arch='7.5' is too old; kernels need compute capability 8.0"),
     ({"arch": "hopper"}, "arch='hopper' is not an architecture"),

@@ -101,6 +101,14 @@ def compile_cuda(config: OpConfig, entry: str, folder: Path) -> dict[str, dict[s
     return kernel_resources(result.stdout + result.stderr)
 
 
+def assert_nothing_spills(config: OpConfig, entry: str, folder: Path) -> None:
+    report = compile_cuda(config, entry, folder)
+    assert report
+    for name, resources in report.items():
+        assert resources["spill_stores"] == resources["spill_loads"] == 0, name
+        assert 0 < resources["registers"] <= 255, name
+
+
 TARGETS = [
     *((arch, size, "bf16") for arch in CUDA_ARCHES for size in (64, 128)),
     *(("sm80", size, "fp16") for size in CUDA_HEAD_SIZES),
@@ -119,8 +127,17 @@ def test_every_cuda_template_compiles_and_nothing_spills(
     op: str, arch: str, size: int, dtype: str, entry: str, tmp_path: Path
 ) -> None:
     config = OpConfig(op=op, head_size=size, dtype=dtype, chunk_length=16, arch=arch)
-    report = compile_cuda(config, entry, tmp_path)
-    assert report
-    for name, resources in report.items():
-        assert resources["spill_stores"] == resources["spill_loads"] == 0, name
-        assert 0 < resources["registers"] <= 255, name
+    assert_nothing_spills(config, entry, tmp_path)
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize(
+    ("arch", "size"), [("sm80", 64), ("sm86", 64), ("sm90a", 64), ("sm90a", 128)]
+)
+def test_kernels_of_bounded_decays_compile_and_nothing_spills(
+    arch: str, size: int, entry: str, tmp_path: Path
+) -> None:
+    config = OpConfig(
+        op="wkv7", head_size=size, dtype="bf16", chunk_length=16, arch=arch, bounded=True
+    )
+    assert_nothing_spills(config, entry, tmp_path)

@@ -42,14 +42,16 @@ class Shape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One operator, shape and dtype."""
+    """One operator, shape and dtype, and whether it is told that decays are bounded."""
 
     op: str
     shape: Shape
     dtype: str
+    bounded: bool = False
 
     def __str__(self) -> str:
-        return f"{self.op} ({str(self.shape).replace(',', ', ')}) {self.dtype}"
+        told = " bounded" if self.bounded else ""
+        return f"{self.op} ({str(self.shape).replace(',', ', ')}) {self.dtype}{told}"
 
 
 def default_shapes(device: str) -> list[Shape]:

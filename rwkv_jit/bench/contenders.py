@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 
 from ..arch import is_cuda
-from ..config import OpConfig
+from ..config import BOUNDED_FROM, OpConfig
 from ..errors import BenchError
 from ..launch import TORCH_DTYPES
 from ..ops import get_spec
@@ -82,6 +82,7 @@ def ours(case: Case, device: str) -> Contender:
         dtype=TORCH_DTYPES[case.dtype],
         device=device,
         decay=spec.decays[0],
+        lower_bound=BOUNDED_FROM if case.bounded else None,
     )
     return Contender(
         name=OURS,

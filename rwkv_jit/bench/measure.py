@@ -115,6 +115,7 @@ def result_data(result: Result) -> dict[str, Any]:
         "op": case.op,
         "shape": [shape.batch, shape.length, shape.heads, shape.head_size],
         "dtype": case.dtype,
+        "bounded": case.bounded,
         "by": result.by,
         "status": result.status,
         "why": result.why,

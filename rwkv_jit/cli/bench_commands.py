@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..bench.cases import Case, Shape, default_corner, default_dtypes, default_shapes, sweep
-from ..config import DTYPES
+from ..config import DTYPES, is_bounded
 from ..errors import ConfigError
 from ..ops import SPECS
 from ..settings import current_settings
-from .commands import JsonOption, one_of, split_list
+from .commands import JsonOption, LowerBoundOption, one_of, split_list
 
 if TYPE_CHECKING:
     from ..bench.contenders import Absentee, Contender
@@ -38,6 +38,7 @@ def bench(
             metavar="LIST",
         ),
     ] = "",
+    lower_bound: LowerBoundOption = None,
     device: Annotated[
         str, typer.Option(help=f"One of {', '.join(_DEVICES)}. Default: a GPU if there is one.")
     ] = "",
@@ -81,6 +82,7 @@ def bench(
     Exit code 1 if an operator fails; what becomes of peers does not count.
     """
     ops = split_list(op, "--op", str)
+    bounded = is_bounded("bench", lower_bound)
     dtypes = split_list(dtype, "--dtype", one_of(DTYPES))
     shapes = _shapes(shape or (), plot)
     _check_choice(device, _DEVICES, "--device")
@@ -97,7 +99,7 @@ def bench(
 
     device = device or default_device()
     corner = (shapes[0] if shapes else default_corner(device)) if plot else None
-    cases = _cases(ops, sweep(corner) if corner else shapes, dtypes, device)
+    cases = _cases(ops, sweep(corner) if corner else shapes, dtypes, bounded, device)
     line_ups = _line_ups(cases, device, known_peers=peers, peer_files=rwkv_lm or ())
     if plot is not None:
         check_plotting()
@@ -146,11 +148,11 @@ def _check_plot(path: Path) -> None:
 
 
 def _cases(
-    ops: Sequence[str], shapes: Sequence[Shape], dtypes: Sequence[str], device: str
+    ops: Sequence[str], shapes: Sequence[Shape], dtypes: Sequence[str], bounded: bool, device: str
 ) -> list[Case]:
     """Every combination; of what is not named, the defaults of the device."""
     return [
-        Case(op=op, shape=shape, dtype=dtype)
+        Case(op=op, shape=shape, dtype=dtype, bounded=bounded)
         for op in ops or SPECS
         for dtype in dtypes or default_dtypes(device)
         for shape in shapes or default_shapes(device)

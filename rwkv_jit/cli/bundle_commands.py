@@ -11,7 +11,7 @@ from ..arch import parse_arch
 from ..config import DECAYS, DTYPES, ENTRIES
 from ..errors import BundleError
 from ..settings import current_settings
-from .commands import FromOption, JsonOption, one_of, split_list, whole_number
+from .commands import FromOption, JsonOption, LowerBoundOption, one_of, split_list, whole_number
 
 if TYPE_CHECKING:
     from ..bundle import Bundle
@@ -64,6 +64,7 @@ def bundle_build(
     decay: Annotated[
         str, typer.Option(help=f"What w means, of {', '.join(DECAYS)}.", metavar="LIST")
     ] = "loglog",
+    lower_bound: LowerBoundOption = None,
     entry: Annotated[
         str, typer.Option(help=f"Of {', '.join(ENTRIES)}. Default: all.", metavar="LIST")
     ] = "",
@@ -109,6 +110,7 @@ def bundle_build(
                 dtypes=split_list(dtype, "--dtype", one_of(DTYPES)),
                 archs=archs or default_archs(settings),
                 decays=split_list(decay, "--decay", one_of(DECAYS)),
+                lower_bound=lower_bound,
                 entries=split_list(entry, "--entry", one_of(ENTRIES)),
             )
         )

@@ -37,6 +37,14 @@ FromOption = Annotated[
     ),
 ]
 
+LowerBoundOption = Annotated[
+    float | None,
+    typer.Option(
+        help="What log d is at least, for every token; from -8 on tensor-core kernels are faster.",
+        metavar="LOG_D",
+    ),
+]
+
 _LOG_TAIL_LINES = 15
 _LEVELS_WITH_PROGRESS = ("debug", "info")
 
@@ -78,6 +86,7 @@ def warm(
             metavar="LIST",
         ),
     ] = "accumulator",
+    lower_bound: LowerBoundOption = None,
     entry: Annotated[
         str, typer.Option(help=f"Of {', '.join(ENTRIES)}. Default: all.", metavar="LIST")
     ] = "",
@@ -126,6 +135,7 @@ def warm(
         checkpoint_dtypes=split_list(
             checkpoint_dtype, "--checkpoint-dtype", one_of(CHECKPOINT_DTYPES)
         ),
+        lower_bound=lower_bound,
         entries=split_list(entry, "--entry", one_of(ENTRIES)),
     )
     sources = plan(choices) if from_file is None else plan_from(from_file, archs)

@@ -13,7 +13,7 @@ from ..arch import arch_number, cuda_arch_of_capability, host_cpu_arch, is_cuda,
 from ..build import build_many, obtain
 from ..bundle import find
 from ..cache import Cache, CacheEntry, cache_key
-from ..config import DEFAULT_CHUNK_LENGTH, DTYPES, OpConfig, default_state_dtype
+from ..config import DEFAULT_CHUNK_LENGTH, DTYPES, OpConfig, default_state_dtype, is_bounded
 from ..errors import ConfigError, KernelMissingError, RwkvJitError, ToolchainError
 from ..kernel_list import read_kernels
 from ..ops import SPECS, get_spec
@@ -29,8 +29,8 @@ DEFAULT_HEAD_SIZE = 64
 class Choices:
     """Values of each knob; every combination is meant. Nothing is the default: all operators and
     entries, head size 64, bf16 for CUDA and fp32 for a CPU, chunk length 16, decay "loglog", the
-    dtype's own state dtype, layout "vk", checkpoints as they are computed. archs are in slug form
-    and have no default."""
+    dtype's own state dtype, layout "vk", checkpoints as they are computed, decays unbounded. archs
+    are in slug form and have no default."""
 
     archs: tuple[str, ...]
     ops: tuple[str, ...] = ()
@@ -41,6 +41,7 @@ class Choices:
     state_dtypes: tuple[str, ...] = ()
     state_layouts: tuple[str, ...] = ()
     checkpoint_dtypes: tuple[str, ...] = ()
+    lower_bound: float | None = None
     entries: tuple[str, ...] = ()
 
 
@@ -115,7 +116,9 @@ def plan_from(path: Path, archs: Sequence[str]) -> list[RenderedSource]:
     found: dict[str, RenderedSource] = {}
     for config, entry in read_kernels(path):
         for arch in archs or (config.arch,):
-            source = render(get_spec(config.op), replace(config, arch=arch), entry)
+            spec = get_spec(config.op)
+            there = spec.without_idle_bound(replace(config, arch=arch))
+            source = render(spec, there, entry)
             found[source.identity] = source
     return list(found.values())
 
@@ -223,6 +226,7 @@ def _combinations(choices: Choices, op: str) -> Iterator[OpConfig]:
                     state_dtype=state_dtype,
                     state_layout=state_layout,
                     checkpoint_dtype=checkpoint_dtype,
+                    bounded=is_bounded(op, choices.lower_bound),
                 )
 
 
@@ -235,6 +239,7 @@ def _render_entries(
                 f"{spec.name}: entry={entry!r} does not exist; "
                 f"choose from {', '.join(spec.entries)}"
             )
+    config = spec.without_idle_bound(config)
     return [render(spec, config, entry) for entry in entries or spec.entries]
 
 

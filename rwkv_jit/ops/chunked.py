@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from ..config import CHECKPOINT_DTYPES
+from ..config import CHECKPOINT_DTYPES, OpConfig
 from ..spec import KernelVariant, TensorSpec
 
 
@@ -41,13 +41,16 @@ class Chunked:
     def variants(
         self,
         templates: str,
-        constants: Mapping[str, int],
-        backward_scratch: tuple[TensorSpec, ...],
+        constants: Callable[[OpConfig], Mapping[str, int]],
+        backward_scratch: tuple[TensorSpec, ...] = (),
+        *,
+        uses_bound: bool = False,
     ) -> tuple[KernelVariant, KernelVariant]:
         """The variants of `<templates>_chunked_forward.cu` and `_chunked_backward.cu`.
 
         constants: what the templates take beside their sizes.
         backward_scratch: tensors that the backward launcher needs.
+        uses_bound: whether a declared bound of the decay makes other kernels.
         """
         forward = KernelVariant(
             entry="forward",
@@ -60,12 +63,13 @@ class Chunked:
                 "checkpoint_tokens": self.span,
                 "rounded_checkpoints": int(config.checkpoint_dtype == "bf16"),
                 **self.forward.constants(),
-                **constants,
+                **constants(config),
             },
             # One limit for both: the entries share their checkpoints.
             shared_bytes=max(self.forward.shared_bytes, self.backward.shared_bytes),
             checkpoint_tokens=self.span,
             checkpoint_dtypes=CHECKPOINT_DTYPES,
+            uses_bound=uses_bound,
         )
         backward = replace(
             forward,

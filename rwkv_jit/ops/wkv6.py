@@ -44,7 +44,9 @@ def bonus_entries(w: TensorSpec) -> Mapping[str, EntrySpec]:
     }
 
 
-def bonus_variants(chunked: tuple[Chunked, ...], *, decay_per_token: bool) -> tuple[KernelVariant, ...]:
+def bonus_variants(
+    chunked: tuple[Chunked, ...], *, decay_per_token: bool
+) -> tuple[KernelVariant, ...]:
     """The kernels, for a decay of each token or one for all of them."""
     summed = ("du",) if decay_per_token else ("du", "dw")
     parts = tuple(
@@ -58,7 +60,11 @@ def bonus_variants(chunked: tuple[Chunked, ...], *, decay_per_token: bool) -> tu
     )
     constants = {"decay_per_token": int(decay_per_token)}
     return (
-        *(variant for row in chunked for variant in row.variants("wkv6", constants, parts)),
+        *(
+            variant
+            for row in chunked
+            for variant in row.variants("wkv6", lambda _: constants, parts)
+        ),
         *recurrence_variants("wkv6", constants, backward_scratch=parts),
     )
 

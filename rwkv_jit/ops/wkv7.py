@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from ..config import OpConfig
 from ..spec import EntrySpec, OpSpec
 from .chunked import Block, Chunked
 from .recurrence import recurrence_variants
@@ -35,6 +38,11 @@ _CHUNKED = (
     Chunked(128, 32, forward=Block(8, 8, 1, 126_976), backward=Block(8, 8, 1, 219_648)),
 )
 
+
+def _chunked_constants(config: OpConfig) -> Mapping[str, int]:
+    return {"bounded": int(config.bounded or config.decay == "logit")}
+
+
 WKV7 = OpSpec(
     name="wkv7",
     summary="RWKV-7 time mixing: a linear recurrence with a decay and a rank-1 update per token",
@@ -63,7 +71,11 @@ WKV7 = OpSpec(
     saved_outputs=("checkpoints",),
     decays=("loglog", "logit", "log"),
     variants=(
-        *(variant for row in _CHUNKED for variant in row.variants("wkv7", {}, ())),
+        *(
+            variant
+            for row in _CHUNKED
+            for variant in row.variants("wkv7", _chunked_constants, uses_bound=True)
+        ),
         *recurrence_variants("wkv7", constants={}, backward_scratch=()),
     ),
 )

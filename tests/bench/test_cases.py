@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from rwkv_jit.bench.cases import (
@@ -20,7 +22,9 @@ def test_a_shape_is_read_and_written_back() -> None:
     shape = Shape.parse("8, 4096,64,128")
     assert shape == Shape(8, 4096, 64, 128)
     assert str(shape) == "8,4096,64,128"
-    assert str(Case(op="wkv7", shape=shape, dtype="bf16")) == "wkv7 (8, 4096, 64, 128) bf16"
+    case = Case(op="wkv7", shape=shape, dtype="bf16")
+    assert str(case) == "wkv7 (8, 4096, 64, 128) bf16"
+    assert str(replace(case, bounded=True)) == f"{case} bounded"
 
 
 @pytest.mark.parametrize("text", ["", "8,4096,64", "1,2,3,4,5", "1,2,x,4", "1,0,3,4", "1,-2,3,4"])

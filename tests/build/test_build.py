@@ -93,6 +93,10 @@ def test_miss_where_building_is_forbidden_names_the_remedy(settings: Settings) -
             "wkv7_n64_fp32_l16_aarch64_log_sfp16_kv",
             OPTIONS,
         ),
+        (
+            "wkv7_n64_bf16_l16_sm90a_cbf16_bounded",
+            "--head-size 64 --dtype bf16 --arch 9.0a --checkpoint-dtype bf16 --lower-bound -10",
+        ),
     ],
 )
 def test_warm_command_has_options_that_differ_from_defaults(slug: str, options: str) -> None:

@@ -35,6 +35,14 @@ def test_the_table_names_the_kernels_and_compares_with_the_loop() -> None:
     assert lines[at + 4].split()[:2] == ["loop", "ok"]
 
 
+def test_a_case_is_told_that_decays_are_bounded() -> None:
+    assert "wkv7 (1, 20, 2, 8) fp32 bounded" in run(*QUICK, "--lower-bound", "-0.61").stdout
+    (ours, _) = run_json(*QUICK, "--lower-bound=-11")["results"]
+    assert not ours["bounded"]
+    refused = run(*QUICK, "--lower-bound", "1", code=1)
+    assert "bench: lower_bound=1.0 must be a number of at most 0" in refused.stderr
+
+
 def test_json_says_what_was_measured_where_and_how(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["/bin/rwkv-jit", "bench", "--op", "a b"])
     data = run_json(*QUICK, "--shape", "1,21,2,8", "--dtype", "fp32")

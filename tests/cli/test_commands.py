@@ -62,6 +62,17 @@ def test_a_dry_run_touches_nothing(own_cache: Path) -> None:
     assert not own_cache.exists()
 
 
+def test_a_lower_bound_chooses_the_kernels_that_make_use_of_it() -> None:
+    planned = run_json(
+        "warm", "wkv7", "--arch", "9.0a,cpu", "--dtype", "bf16", "--entry", "forward",
+        "--lower-bound", "-0.61", "--dry-run",
+    )  # fmt: skip
+    assert {outcome["kernel"] for outcome in planned} == {
+        f"{SLUG}_bounded.forward",
+        f"wkv7_n64_bf16_l16_{host_cpu_arch()}.forward",
+    }
+
+
 def test_one_bad_combination_stops_all_before_anything_is_built(own_cache: Path) -> None:
     run("warm", "wkv7", "--arch", "cpu,9.0a", "--head-size", "8,65", code=1)
     assert not own_cache.exists()

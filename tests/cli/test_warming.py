@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from rwkv_jit.arch import host_cpu_arch
-from rwkv_jit.cli.warming import Choices, default_archs, look_up, plan
+from rwkv_jit.cli.warming import Choices, default_archs, look_up, plan, plan_from
 from rwkv_jit.errors import ConfigError
+from rwkv_jit.kernel_list import write_kernels
 from rwkv_jit.settings import Settings
 
 
@@ -62,6 +63,22 @@ def test_every_combination_is_planned_once() -> None:
         state_layouts=("vk", "kv"),
     )
     assert len(set(identities(choices))) == len(identities(choices)) == 2**7
+
+
+def test_a_bound_is_declared_where_a_kernel_makes_use_of_it(tmp_path: Path) -> None:
+    entry = {"archs": ("sm90a",), "entries": ("forward",)}
+    assert "wkv5_n64_bf16_l16_sm90a.forward" in identities(Choices(**entry, lower_bound=-0.61))
+    named = {**entry, "ops": ("wkv7",)}
+    (bounded,) = identities(Choices(**named, lower_bound=-8.0))
+    assert bounded == "wkv7_n64_bf16_l16_sm90a_bounded.forward"
+    assert identities(Choices(**named, lower_bound=-11.0)) == identities(Choices(**named))
+    with pytest.raises(ConfigError, match=r"lower_bound=1\.0 must be a number of at most 0"):
+        plan(Choices(**named, lower_bound=1.0))
+    path = tmp_path / "kernels.json"
+    write_kernels(path, [bounded])
+    assert [source.identity for source in plan_from(path, ())] == [bounded]
+    (elsewhere,) = plan_from(path, ("x86_64_v2",))
+    assert elsewhere.identity == "wkv7_n64_bf16_l16_x86_64_v2.forward"
 
 
 def test_no_named_operator_means_all() -> None:

@@ -121,7 +121,7 @@ ADVERSARIAL: dict[str, tuple[str, Callable[[str, int], Call]]] = {
     "log decay of minus infinity": ("log", with_w(lambda s: pick([-torch.inf, -0.1], *s))),
     "log decay around the bound of the triangles": (
         "log",
-        with_w(lambda s: gate(*s, low=-12, high=-8)),
+        with_w(lambda s: gate(*s, low=-10, high=-6)),
     ),
     "saturated logits": ("logit", with_w(lambda s: gate(*s, low=-90, high=90))),
     "decay factors of 0 and 1": (

@@ -61,6 +61,37 @@ def test_any_decay_matches_the_reference_at_head_size_128(decay: str, values: li
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize(
+    ("decay", "values"),
+    [
+        ("log", [-8.0]),
+        ("log", [-8.0, -7.0, -0.6, -1e-6, 0.0]),
+        ("log", [-0.6065]),
+        ("loglog", [-9.0, -0.5, 2.0]),
+    ],
+)
+def test_decays_down_to_the_bound_match_the_reference(
+    size: int, decay: str, values: list[float]
+) -> None:
+    op = on_tensor_cores(size, decay=decay, lower_bound=-8.0)
+    assert op.config.bounded
+    call = random_call(2, 75, 2, size, w=decays((2, 75, 2, size), values))
+    assert_matches_reference(op, call, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("below", [-50.0, -torch.inf])
+def test_a_decay_below_a_declared_bound_counts_as_e_to_the_minus_8(size: int, below: float) -> None:
+    op = on_tensor_cores(size, decay="log", lower_bound=-0.61)
+    call = random_call(2, 75, 2, size, w=decays((2, 75, 2, size), [-0.5, -8.0])).rounded(op)
+    at_bound = run(op, call, "cuda")
+    call.tokens["w"] = call.tokens["w"].masked_fill(call.tokens["w"] == -8, below)
+    assert all(torch.equal(x, at_bound[name]) for name, x in run(op, call, "cuda").items())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [64, 128])
 def test_tokens_that_hardly_differ_match_the_reference(size: int) -> None:
     call = random_call(1, 512, 4, size, identical=True)
     call.tokens = {name: x + 1e-3 * torch.randn_like(x) for name, x in call.tokens.items()}

@@ -16,17 +16,18 @@ constexpr float STRONGEST = -8.0f * LOG2_E;  // log2 d inside the triangles
 constexpr float SMALLEST_FACTOR = -100.0f;   // log2 d, where w is d
 
 // log2 of the decay factor. Finite, so that differences are; exp2 of the bound is 0, and for FACTOR
-// small enough that its square is.
-template <DecayKind KIND>
+// small enough that its square is. BOUNDED: the caller says that none is below STRONGEST; one that
+// is counts as that.
+template <DecayKind KIND, bool BOUNDED = false>
 __device__ __forceinline__ float log2_decay(float w) {
   if constexpr (KIND == FACTOR) return fmaxf(log2f(w), SMALLEST_FACTOR);
   float log_d = w * LOG2_E;
   if constexpr (KIND == LOGLOG) {
     log_d = -LOG2_E * exp2_fast(w * LOG2_E);
   } else if constexpr (KIND == LOGIT) {
-    log_d = -0.60653065971263342f * LOG2_E / (1.0f + exp2_fast(-w * LOG2_E));
+    log_d = __fdividef(-0.60653065971263342f * LOG2_E, 1.0f + exp2_fast(-w * LOG2_E));
   }
-  return fmaxf(log_d, -1e4f);
+  return fmaxf(log_d, BOUNDED ? STRONGEST : -1e4f);
 }
 
 // Where the tokens of one sequence and head lie in a tensor [B, T, H, N].
@@ -129,6 +130,8 @@ struct TokenSums {
   }
   __device__ __forceinline__ OperandA sum_from() const { return {from, 0, ONES, from}; }
   __device__ __forceinline__ OperandA sum_after() const { return {after, 0, ONES, after}; }
+  // Rows 0..7 are the sum over the chunk's first half, rows 8..15 over its second.
+  __device__ __forceinline__ OperandA halves() const { return {ONES, 0, 0, ONES}; }
   // From the chunk's middle up to t: what follows t is taken off where t lies before it.
   __device__ __forceinline__ OperandA from_middle() const { return {after ^ MINUS, 0, 0, up_to}; }
   __device__ __forceinline__ OperandA from_middle_before() const {
@@ -168,11 +171,11 @@ __device__ __forceinline__ void bound(Accumulator (&log2_d)[2]) {
   for (int at = 0; at < 8; ++at) log2_d[at / 4][at % 4] = fmaxf(log2_d[at / 4][at % 4], STRONGEST);
 }
 
-// log2_d is bounded on the way.
-template <DecayKind KIND, typename Values>
+// log2_d is bounded on the way, if it is not BOUNDED as it is.
+template <DecayKind KIND, bool BOUNDED = KIND == LOGIT, typename Values>
 __device__ __forceinline__ Decays decays_of(Values& log2_d) {
   const Split log_d = split(log2_d);
-  if constexpr (KIND == LOGIT) return {log_d, log_d};  // its decays are never below the bound
+  if constexpr (BOUNDED) return {log_d, log_d};
   bound(log2_d);
   return {log_d, split(log2_d)};
 }
@@ -191,6 +194,19 @@ __device__ __forceinline__ void exp2_of_sums(const OperandA& sums, const Split& 
 #pragma unroll
     for (int at = 0; at < 4; ++at)
       factors[tile][at] = exp2_fast(INVERSE ? -factors[tile][at] : factors[tile][at]);
+}
+
+// Both.
+__device__ __forceinline__ void exp2_of_sums(const OperandA& sums, const Split& decays,
+                                             Accumulator (&factors)[2],
+                                             Accumulator (&inverses)[2]) {
+  Accumulator logs[2] = {};
+  add_product(logs, sums, decays);
+#pragma unroll
+  for (int at = 0; at < 8; ++at) {
+    factors[at / 4][at % 4] = exp2_fast(logs[at / 4][at % 4]);
+    inverses[at / 4][at % 4] = exp2_fast(-logs[at / 4][at % 4]);
+  }
 }
 
 }  // namespace rwkv_jit

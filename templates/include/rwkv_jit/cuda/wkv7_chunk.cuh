@@ -9,6 +9,8 @@
 // Factors against the state have exponents of at most 0 and are exact for any decay. In the four
 // triangles the two factors meet at the chunk's middle, and there a token's decay is bounded from
 // below, by e^-8, so that neither overflows; what lies before such a token counts for nothing.
+// Where all decays are BOUNDED so, the former are the latter times what a half of the chunk decays
+// by.
 #include "rwkv_jit/cuda/chunk_rows.cuh"
 
 namespace rwkv_jit {
@@ -122,9 +124,32 @@ __device__ __forceinline__ void add_parts(Accumulator (&sums)[TRIANGLES][2],
   }
 }
 
+// Factors inside the triangles times what the chunk's first or second half decays by, which
+// `halves` has in its upper or lower rows.
+template <int HALF>
+__device__ __forceinline__ void scale_by_half(const Accumulator (&inside)[2],
+                                              const Accumulator (&halves)[2],
+                                              Accumulator (&factors)[2]) {
+#pragma unroll
+  for (int at = 0; at < 8; ++at)
+    factors[at / 4][at % 4] = inside[at / 4][at % 4] * halves[at / 4][2 * HALF + at % 2];
+}
+
+// exp2 of sums up to a token: factors against the state before the chunk, by `sums`, and inside the
+// triangles, by sums from the middle; of the latter 1 over it, too, where it is wanted.
+template <bool BOUNDED, typename... Inverse>
+__device__ __forceinline__ void factors_of(const OperandA& sums, const OperandA& from_middle,
+                                           const Decays& decays, const Accumulator (&halves)[2],
+                                           Accumulator (&factors)[2], Accumulator (&inside)[2],
+                                           Inverse&... inverse) {
+  if constexpr (!BOUNDED) exp2_of_sums(sums, decays.log_d, factors);
+  exp2_of_sums(from_middle, decays.bounded, inside, inverse...);
+  if constexpr (BOUNDED) scale_by_half<0>(inside, halves, factors);
+}
+
 // Prepares the chunk whose tokens are first .. first + 15, by PARTS warps. Those that are not there
 // leave the state as it is.
-template <DecayKind KIND, int PARTS, typename Args>
+template <DecayKind KIND, bool BOUNDED, int PARTS, typename Args>
 __device__ __forceinline__ void prepare(const Args& args, const Tokens& tokens, int first,
                                         const Raw& raw, Chunk& chunk, Partials<PARTS>& partials) {
   const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
@@ -149,18 +174,21 @@ __device__ __forceinline__ void prepare(const Args& args, const Tokens& tokens, 
     }
 #pragma unroll
     for (int at = 0; at < 8; ++at)
-      log_d[at] = first + operand_token(at) < tokens.count ? log2_decay<KIND>(log_d[at]) : 0.0f;
-    const Decays decays = decays_of<KIND>(log_d);
+      log_d[at] =
+          first + operand_token(at) < tokens.count ? log2_decay<KIND, BOUNDED>(log_d[at]) : 0.0f;
+    const Decays decays = decays_of<KIND, BOUNDED>(log_d);
 
     OperandA a, r;
-    Accumulator factors[2];
+    Accumulator inside[2], inverse[2], factors[2], halves[2];
+    if constexpr (BOUNDED) exp2_of_sums(sums.halves(), decays.log_d, halves);
     load<ROW>(&raw.a[0][channel], a);
-    exp2_of_sums(sums.sum_before(), decays.log_d, factors);
+    factors_of<BOUNDED>(sums.sum_before(), sums.from_middle_before(), decays, halves, factors,
+                        inside);
     store_rows(scaled(a, factors), &chunk.w[0][channel]);
-    exp2_of_sums(sums.from_middle_before(), decays.bounded, factors);
-    a = scaled(a, factors);
+    a = scaled(a, inside);
     load<ROW>(&raw.r[0][channel], r);
-    exp2_of_sums(sums.sum_up_to(), decays.log_d, factors);
+    factors_of<BOUNDED>(sums.sum_up_to(), sums.from_middle(), decays, halves, factors, inside,
+                        inverse);
     store_rows(scaled(r, factors), &chunk.r[0][channel]);
     if (g == 7) {
 #pragma unroll
@@ -168,18 +196,20 @@ __device__ __forceinline__ void prepare(const Args& args, const Tokens& tokens, 
         *reinterpret_cast<float2*>(&chunk.total[channel + 8 * tile + 2 * q]) =
             make_float2(factors[tile][2], factors[tile][3]);
     }
-    exp2_of_sums(sums.from_middle(), decays.bounded, factors);
-    r = scaled(r, factors);
+    r = scaled(r, inside);
 
     OperandB b, k;
     load_transposed<ROW>(&raw.b[0][channel], b);
     load_transposed<ROW>(&raw.k[0][channel], k);
-    exp2_of_sums(sums.sum_after(), decays.log_d, factors);
+    if constexpr (BOUNDED) {
+      scale_by_half<1>(inverse, halves, factors);
+    } else {
+      exp2_of_sums(sums.sum_after(), decays.log_d, factors);
+    }
     store_rows(scaled(b, factors), &chunk.b[0][channel]);
     store_rows(scaled(k, factors), &chunk.k[0][channel]);
-    exp2_of_sums<true>(sums.from_middle(), decays.bounded, factors);
-    b = scaled(b, factors);
-    k = scaled(k, factors);
+    b = scaled(b, inverse);
+    k = scaled(k, inverse);
     add_product(triangles[AB], a, b);
     add_product(triangles[AK], a, k);
     add_product(triangles[QB], r, b);

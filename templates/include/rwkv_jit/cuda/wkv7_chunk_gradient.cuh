@@ -19,7 +19,7 @@ struct Loaded {
 
   // log2 of the decay factors, 0 for tokens that are not there. A w of float32 is read from its
   // place in memory.
-  template <DecayKind KIND>
+  template <DecayKind KIND, bool BOUNDED>
   __device__ __forceinline__ void log2_decays(const float* wide, int token_stride,
                                               const bool (&valid)[2],
                                               Accumulator (&log_d)[2]) const {
@@ -39,7 +39,7 @@ struct Loaded {
 #pragma unroll
     for (int at = 0; at < 8; ++at) {
       float& x = log_d[at / 4][at % 4];
-      x = valid[at / 2 % 2] ? log2_decay<KIND>(x) : 0.0f;
+      x = valid[at / 2 % 2] ? log2_decay<KIND, BOUNDED>(x) : 0.0f;
     }
   }
 };
