@@ -1,7 +1,7 @@
 // wkv7 backward on tensor cores: one block per sequence and head, spans of CHUNKS chunks of 16
 // tokens from the last to the first. In a span: its warps prepare the chunks as in the forward;
-// then STATE_WARPS of them, each with 16 rows, take the state from the span's checkpoint through the
-// chunks, keeping the state before each, and as many, where there are others, D = dL/dS back
+// then STATE_WARPS of them, each with 16 rows, take the state from the span's checkpoint through
+// the chunks, keeping the state before each, and as many, where there are others, D = dL/dS back
 //   E = D B^^T   dV = K'' D^T + M^T dY   dX = T^T (A_qb^T dY + E^T)
 //   D <- D diag(P_L) + E W + dY^T R'
 // and all warps work out those chunks' gradients (each 16 channels of one; names as in

@@ -1,0 +1,101 @@
+"""The operators on tensor cores: spans of chunks, and the states that are kept between them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from comparing import TOLERANCES, assert_matches_reference, random_call, relative_rms, run
+from rwkv_jit import Op, get_op
+from rwkv_jit.ops import SPECS
+
+CHUNKED = [("wkv7", 64), ("wkv7", 128), ("wkv6", 64), ("wkv5", 64)]
+for_each_kernel = pytest.mark.parametrize(("name", "size"), CHUNKED)
+
+
+def on_tensor_cores(name: str, size: int, **options: object) -> Op:
+    op = get_op(name, head_size=size, dtype=torch.bfloat16, device="cuda", **options)  # type: ignore[arg-type]
+    assert "chunked" in SPECS[name].variant(op.config, "backward").template
+    return op
+
+
+@pytest.mark.gpu
+@for_each_kernel
+@pytest.mark.parametrize("length", [31, 33, 63, 64, 65, 127, 128, 129, 200])
+def test_tails_of_spans_match_the_reference(name: str, size: int, length: int) -> None:
+    call = random_call(2, length, 2, size, op=name)
+    assert_matches_reference(on_tensor_cores(name, size), call, "cuda")
+
+
+@pytest.mark.gpu
+@for_each_kernel
+def test_a_very_long_sequence_matches_the_float32_recurrence(name: str, size: int) -> None:
+    op = on_tensor_cores(name, size)
+    precise = get_op(name, head_size=size, dtype=torch.float32, device="cuda")
+    call = random_call(1, 32768, 2, size, op=name).rounded(op)
+    found, truth = run(op, call, "cuda"), run(precise, call.rounded(precise), "cuda")
+    output, gradient, _ = TOLERANCES["bf16"]
+    errors = {name: relative_rms(found[name], truth[name]) for name in truth}
+    bad = {
+        name: error
+        for name, error in errors.items()
+        if not error <= (gradient if name.startswith("d") else output)
+    }
+    assert not bad
+
+
+@pytest.mark.gpu
+@for_each_kernel
+def test_rounded_checkpoints_change_gradients_alone_and_within_their_limits(
+    name: str, size: int
+) -> None:
+    op = on_tensor_cores(name, size, checkpoint_dtype=torch.bfloat16)
+    call = random_call(2, 150, 2, size, op=name)
+    assert_matches_reference(op, call, "cuda")
+    rounded, whole = (run(x, call.rounded(op), "cuda") for x in (op, on_tensor_cores(name, size)))
+    assert torch.equal(rounded["y"], whole["y"])
+    assert not torch.equal(rounded["dr"], whole["dr"])
+    packed = random_call(1, 100, 2, size, op=name, sequences=3)
+    packed.cu_seqlens = torch.tensor([0, 33, 33, 100])
+    assert_matches_reference(op, packed, "cuda")
+
+
+@pytest.mark.gpu
+@for_each_kernel
+def test_a_sequence_of_a_batch_has_the_bits_that_it_has_alone(name: str, size: int) -> None:
+    op = on_tensor_cores(name, size)
+    bounds = [0, 1, 70, 70, 134, 333]
+    batch = random_call(1, 333, 2, size, op=name, sequences=5).rounded(op)
+    batch.cu_seqlens = torch.tensor(bounds)
+    together = run(op, batch, "cuda")
+    of_sequences = {"final_state", "dinitial_state"}
+    for s, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        if begin == end:
+            continue
+        one = random_call(1, end - begin, 2, size, op=name).rounded(op)
+        one.tokens = {
+            key: x[:, begin:end] if x.dim() == 4 else x for key, x in batch.tokens.items()
+        }
+        assert batch.initial_state is not None
+        assert batch.dy is not None
+        assert batch.dfinal_state is not None
+        one.initial_state, one.dy = batch.initial_state[s : s + 1], batch.dy[:, begin:end]
+        one.dfinal_state = batch.dfinal_state[s : s + 1]
+        alone = run(op, one, "cuda")
+        for key, value in alone.items():
+            if key in of_sequences:
+                assert torch.equal(value, together[key][s : s + 1]), key
+            elif value.dim() == 4:
+                assert torch.equal(value, together[key][:, begin:end]), key
+
+
+@for_each_kernel
+def test_info_tells_what_is_kept_for_the_backward(name: str, size: int) -> None:
+    def kept(**options: object) -> float:
+        op = get_op(name, head_size=size, dtype=torch.bfloat16, **options)  # type: ignore[arg-type]
+        return float(op.info()["kept_bytes_per_token_and_head"])
+
+    span = 64 if size == 64 else 32
+    assert kept(device="cpu", chunk_length=32) == size * size * 4 / 32
+    assert kept(arch="9.0a") == size * size * 4 / span
+    assert kept(arch="9.0a", checkpoint_dtype=torch.bfloat16) == size * size * 2 / span
