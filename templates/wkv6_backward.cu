@@ -2,8 +2,8 @@
 //   G_t = dL/dS_t,   c_t = dy_t . v_t,   G_{t-1} = G_t diag(d_t) + dy_t r_t^T
 //   dr = S_{t-1}^T dy + c u * k   dk = G^T v + c u * r   dv = G k + ((u * k) . r) dy
 //   du = sum over tokens of c r * k   dd = sum over rows of G_t S_{t-1}, element by element
-// Sums over rows: in the warp by halving, then over warps in order. Sums over tokens: by the thread
-// of a channel, and over sequences, in their order, by a second kernel.
+// Sums over tokens: by the thread of a channel, and over sequences, in their order, by a second
+// kernel.
 #include <cuda_runtime.h>
 
 //% include "prelude.h"
@@ -20,39 +20,91 @@ namespace {
 using namespace rwkv_jit;
 
 constexpr int STEP = {{step_tokens}};
-static_assert(L % STEP == 0, "a chunk is a whole number of steps");
 
-enum Vector { R, K, V, UK, DY, KEEP, CHANGE, SLOPE, VECTORS };  // UK is u * k
-enum Gradient { DR, DW, DK, GRADIENTS };                        // those that are sums over rows
+enum Vector { R, K, V, UK, DY, D, SLOPE, VECTORS };  // UK is u * k
+enum Gradient { DR, DW, DK, GRADIENTS };             // those that are sums over rows
 
 struct Shared {
   float tokens[STEP][VECTORS][N];
   float sums[WARPS][STEP][GRADIENTS][N];       // each warp's part
   float c[WARPS][STEP];                        // and of c
+  float middle[BLOCK_ROWS][N];                 // the state in the middle of a step
   float du[N], du_rest[N], dw[N], dw_rest[N];  // over tokens; dw where the decay is one for all
 };
 
 // One value of each vector of a token.
 __device__ __forceinline__ void load_token(const Arguments& args, int64_t t, int64_t head, int j,
-                                           float (&token)[VECTORS][N]) {
+                                           float& carry, float (&token)[VECTORS]) {
   const int64_t row = t * args.H + head, from = row * N + j;
   const Decay decay =
       decay_of<DECAY>(load_mixed<Element>(args.w, args.w_dtype, decay_row(row, head) * N + j));
-  const float k = load_at<Element>(args.k, from);
-  token[R][j] = load_at<Element>(args.r, from);
-  token[K][j] = k;
-  token[V][j] = load_at<Element>(args.v, from);
-  token[UK][j] = load_mixed<Element>(args.u, args.u_dtype, head * N + j) * k;
-  token[DY][j] = load_at<Element>(args.dy, from);
-  token[KEEP][j] = decay.keep;
-  token[CHANGE][j] = decay.change;
-  token[SLOPE][j] = decay.slope;
+  token[R] = load_at<Element>(args.r, from);
+  token[K] = load_at<Element>(args.k, from);
+  token[V] = load_at<Element>(args.v, from);
+  token[UK] = load_mixed<Element>(args.u, args.u_dtype, head * N + j) * token[K];
+  token[DY] = load_at<Element>(args.dy, from);
+  token[D] = carry_rest(decay, carry);
+  token[SLOPE] = decay.slope;
 }
 
-__device__ __forceinline__ void advance_state(const Tile<N>& tile, const float (&token)[VECTORS][N],
-                                              const float (&v)[ROWS],
-                                              float (&state)[ROWS][LANE_COLUMNS]) {
-  advance(tile, state, v, token[KEEP], token[CHANGE], token[K]);
+// The state is advanced by the token's vectors alone.
+__device__ __forceinline__ void load_products(const Arguments&, int64_t, int, float (&)[VECTORS]) {}
+__device__ __forceinline__ void find_products(const Arguments&, const Tile&, int64_t, int,
+                                              const float (&)[ROWS][LANE_COLUMNS],
+                                              float (&)[VECTORS][N]) {}
+
+__device__ __forceinline__ void advance_state(const Tile& tile, const float (&token)[VECTORS][N],
+                                              int first_row, float (&state)[ROWS][LANE_COLUMNS]) {
+  float v[ROWS];
+  tile.read_rows(token[V] + first_row, v);
+  advance(tile, state, v, token[D], token[K]);
+}
+
+// Takes g = G_t to G_{t-1}, with the state before the token. The gradients that are sums over rows
+// are added up over rows of this warp, and over those that had their turn before with `add`.
+__device__ __forceinline__ void take_back(const Arguments& args, const Tile& tile, int64_t at,
+                                          bool inside, int first_row, int t, bool add,
+                                          const float (&state)[ROWS][LANE_COLUMNS],
+                                          float (&g)[ROWS][LANE_COLUMNS], Shared& shared) {
+  const int warp = threadIdx.x / 32;
+  const float (&token)[VECTORS][N] = shared.tokens[t];
+  float (&sums)[GRADIENTS][N] = shared.sums[warp][t];
+  float r[LANE_COLUMNS], x[LANE_COLUMNS], sum[LANE_COLUMNS], v[ROWS], dy[ROWS], dv[ROWS];
+
+  tile.read(token[R], r);
+  tile.read(token[UK], x);
+  const float bonus = lane_dot(x, r);
+  tile.read_rows(token[V] + first_row, v);
+  tile.read_rows(token[DY] + first_row, dy);
+  tile.read(token[K], x);
+  lane_times(g, x, dv);
+  float c = 0;
+#pragma unroll
+  for (int i = 0; i < ROWS; ++i) {
+    dv[i] = fmaf(dy[i], bonus, dv[i]);
+    c = fmaf(v[i], dy[i], c);
+  }
+  tile.sum_rows(dv);
+  if (tile.has_rows() && inside) {
+#pragma unroll
+    for (int i = 0; i < Tile::PAIR; ++i)
+      store_at<Element>(args.dv, at + first_row + tile.row(i), dv[i]);
+  }
+  c = tile.sum_of_rows(c);
+  if (threadIdx.x % 32 == 0) shared.c[warp][t] = add ? shared.c[warp][t] + c : c;
+
+  times_lane(v, g, sum);
+  tile.sum_columns(sum, sums[DK], add);
+  times_lane(dy, state, sum);
+  tile.sum_columns(sum, sums[DR], add);
+  sum_products(g, state, sum);
+  tile.sum_columns(sum, sums[DW], add);
+
+  tile.read(token[D], x);
+#pragma unroll
+  for (int i = 0; i < ROWS; ++i)
+#pragma unroll
+    for (int j = 0; j < LANE_COLUMNS; ++j) g[i][j] = fmaf(g[i][j], x[j], dy[i] * r[j]);
 }
 
 // Adds up the warps' parts, writes the gradients of a step's tokens and adds to the sums over
@@ -91,72 +143,6 @@ __device__ __forceinline__ void store_gradients(const Arguments& args, int64_t f
     }
 }
 
-// A step of one group of rows: forward from `state`, then `g` backward. FIRST writes the sums over
-// rows, the groups after it add to them.
-template <bool FIRST>
-__device__ __forceinline__ void run_step(const Arguments& args, const Tile<N>& tile, int64_t first,
-                                         int64_t end, int64_t head, int first_row,
-                                         float (&state)[ROWS][LANE_COLUMNS],
-                                         float (&g)[ROWS][LANE_COLUMNS], Shared& shared) {
-  const int warp = threadIdx.x / 32;
-  float (&sums)[STEP][GRADIENTS][N] = shared.sums[warp];
-  float history[STEP][ROWS][LANE_COLUMNS];
-#pragma unroll
-  for (int t = 0; t < STEP; ++t) {
-    const float (&token)[VECTORS][N] = shared.tokens[t];
-    float v[ROWS], c = 0, dr[LANE_COLUMNS] = {};
-#pragma unroll
-    for (int i = 0; i < ROWS; ++i) {
-      const float dy = token[DY][first_row + i];
-      v[i] = token[V][first_row + i];
-      c = fmaf(v[i], dy, c);
-#pragma unroll
-      for (int j = 0; j < LANE_COLUMNS; ++j) {
-        history[t][i][j] = state[i][j];
-        dr[j] = fmaf(state[i][j], dy, dr[j]);
-      }
-    }
-    tile.column_sum<!FIRST>(dr, sums[t][DR]);
-    c = tile.sum_of_rows(c);
-    if (threadIdx.x % 32 == 0) shared.c[warp][t] = FIRST ? c : shared.c[warp][t] + c;
-    advance_state(tile, token, v, state);
-  }
-#pragma unroll
-  for (int t = STEP - 1; t >= 0; --t) {
-    const float (&token)[VECTORS][N] = shared.tokens[t];
-    float r[LANE_COLUMNS], row[LANE_COLUMNS], dv[ROWS];
-    tile.read(token[R], r);
-    tile.read(token[UK], row);
-    const float bonus = lane_dot(row, r);
-    tile.read(token[K], row);
-#pragma unroll
-    for (int i = 0; i < ROWS; ++i)
-      dv[i] = tile.row_sum(fmaf(token[DY][first_row + i], bonus, lane_dot(g[i], row)));
-    if (tile.column_lane == 0 && first + t < end) {
-#pragma unroll
-      for (int i = 0; i < ROWS; ++i)
-        store_at<Element>(args.dv, ((first + t) * args.H + head) * N + first_row + i, dv[i]);
-    }
-    float dw[LANE_COLUMNS] = {}, dk[LANE_COLUMNS] = {};
-    float keep[LANE_COLUMNS], change[LANE_COLUMNS];
-    tile.read(token[KEEP], keep);
-    tile.read(token[CHANGE], change);
-#pragma unroll
-    for (int i = 0; i < ROWS; ++i) {
-      const float v = token[V][first_row + i], dy = token[DY][first_row + i];
-#pragma unroll
-      for (int j = 0; j < LANE_COLUMNS; ++j) {
-        const float after = g[i][j];
-        dw[j] = fmaf(after, history[t][i][j], dw[j]);
-        dk[j] = fmaf(after, v, dk[j]);
-        g[i][j] = fmaf(after, keep[j], fmaf(after, change[j], dy * r[j]));
-      }
-    }
-    tile.column_sum<!FIRST>(dw, sums[t][DW]);
-    tile.column_sum<!FIRST>(dk, sums[t][DK]);
-  }
-}
-
 }  // namespace
 
 //% include "cuda_backward.h"
@@ -177,7 +163,7 @@ __device__ __forceinline__ void store_parts(const Args& args, int64_t head_index
   }
 }
 
-__global__ void __launch_bounds__(THREADS, 1) backward_kernel(const Arguments args) {
+__global__ void __launch_bounds__(THREADS, BLOCKS) backward_kernel(const Arguments args) {
   extern __shared__ __align__(16) char shared_bytes[];
   Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
   for (int j = threadIdx.x; j < N; j += THREADS)

@@ -1,9 +1,8 @@
 // wkv7 backward, token by token, in float.
 //   G_t = dL/dS_t,   g_t = G_t + dy_t r_t^T,   dsa_t = g_t b_t
 //   G_{t-1} = g_t diag(d_t) + dsa_t a_t^T
-//   dr = S_t^T dy   dv = g k   dk = g^T v   db = g^T (S_{t-1} a)   da = S_{t-1}^T dsa
-//   dd = sum over rows of g S_{t-1}, element by element
-// Sums over rows: in the warp by halving, then over warps in order.
+//   dr = S_t^T dy = d S_{t-1}^T dy + (sa . dy) b + (v . dy) k   dv = g k   dk = g^T v
+//   db = g^T sa   da = S_{t-1}^T dsa   dd = sum over rows of g S_{t-1}, element by element
 #include <cuda_runtime.h>
 
 //% include "prelude.h"
@@ -18,44 +17,124 @@ namespace {
 using namespace rwkv_jit;
 
 constexpr int STEP = {{step_tokens}};
-static_assert(L % STEP == 0, "a chunk is a whole number of steps");
 
-enum Vector { R, K, V, A, B, DY, KEEP, CHANGE, SLOPE, VECTORS };
-enum Gradient { DR, DW, DK, DA, DB, GRADIENTS };  // those that are sums over rows
+enum Vector { R, K, V, A, B, DY, D, SLOPE, SA, VECTORS };  // SA is S_{t-1} a
+enum Gradient { DR, DW, DK, DA, DB, GRADIENTS };           // those that are sums over rows
 
 struct Shared {
   float tokens[STEP][VECTORS][N];
   float sums[WARPS][STEP][GRADIENTS][N];  // each warp's part
+  float middle[BLOCK_ROWS][N];            // the state in the middle of a step
 };
 
-// One value of each vector of a token.
+// One value of each vector of a token but SA.
 __device__ __forceinline__ void load_token(const Arguments& args, int64_t t, int64_t head, int j,
-                                           float (&token)[VECTORS][N]) {
+                                           float& carry, float (&token)[VECTORS]) {
   const int64_t from = (t * args.H + head) * N + j;
   const Decay decay = decay_of<DECAY>(load_mixed<Element>(args.w, args.w_dtype, from));
-  token[R][j] = load_at<Element>(args.r, from);
-  token[K][j] = load_at<Element>(args.k, from);
-  token[V][j] = load_at<Element>(args.v, from);
-  token[A][j] = load_at<Element>(args.a, from);
-  token[B][j] = load_at<Element>(args.b, from);
-  token[DY][j] = load_at<Element>(args.dy, from);
-  token[KEEP][j] = decay.keep;
-  token[CHANGE][j] = decay.change;
-  token[SLOPE][j] = decay.slope;
+  token[R] = load_at<Element>(args.r, from);
+  token[K] = load_at<Element>(args.k, from);
+  token[V] = load_at<Element>(args.v, from);
+  token[A] = load_at<Element>(args.a, from);
+  token[B] = load_at<Element>(args.b, from);
+  token[DY] = load_at<Element>(args.dy, from);
+  token[D] = carry_rest(decay, carry);
+  token[SLOPE] = decay.slope;
 }
 
-__device__ __forceinline__ void advance_state(const Tile<N>& tile, const float (&token)[VECTORS][N],
-                                              const float (&v)[ROWS],
-                                              float (&state)[ROWS][LANE_COLUMNS],
-                                              float (&sa)[ROWS]) {
-  state_times(tile, state, token[A], sa);
-  advance(tile, state, sa, v, token[KEEP], token[CHANGE], token[B], token[K]);
+// What find_products found before.
+template <typename Args>
+__device__ __forceinline__ void load_products(const Args& args, int64_t place, int j,
+                                              float (&token)[VECTORS]) {
+  token[SA] = static_cast<const float*>(args.products)[place * N + j];
 }
-__device__ __forceinline__ void advance_state(const Tile<N>& tile, const float (&token)[VECTORS][N],
-                                              const float (&v)[ROWS],
-                                              float (&state)[ROWS][LANE_COLUMNS]) {
-  float sa[ROWS];
-  advance_state(tile, token, v, state, sa);
+
+// The products of the state before a token with its vectors, also for load_products.
+template <typename Args>
+__device__ __forceinline__ void find_products(const Args& args, const Tile& tile, int64_t place,
+                                              int first_row,
+                                              const float (&state)[ROWS][LANE_COLUMNS],
+                                              float (&token)[VECTORS][N]) {
+  float a[LANE_COLUMNS], sa[ROWS];
+  tile.read(token[A], a);
+  lane_times(state, a, sa);
+  tile.sum_rows(sa);
+  if (tile.has_rows()) {
+#pragma unroll
+    for (int i = 0; i < Tile::PAIR; ++i) {
+      const int row = first_row + tile.row(i);
+      token[SA][row] = static_cast<float*>(args.products)[place * N + row] = sa[i];
+    }
+  }
+  __syncwarp();
+}
+
+__device__ __forceinline__ void advance_state(const Tile& tile, const float (&token)[VECTORS][N],
+                                              int first_row, float (&state)[ROWS][LANE_COLUMNS]) {
+  float v[ROWS], sa[ROWS];
+  tile.read_rows(token[V] + first_row, v);
+  tile.read_rows(token[SA] + first_row, sa);
+  advance(tile, state, sa, v, token[D], token[B], token[K]);
+}
+
+// Takes g = G_t to G_{t-1}, with the state before the token. The gradients that are sums over rows
+// are added up over rows of this warp, and over those that had their turn before with `add`.
+__device__ __forceinline__ void take_back(const Arguments& args, const Tile& tile, int64_t at,
+                                          bool inside, int first_row, int t, bool add,
+                                          const float (&state)[ROWS][LANE_COLUMNS],
+                                          float (&g)[ROWS][LANE_COLUMNS], Shared& shared) {
+  const float (&token)[VECTORS][N] = shared.tokens[t];
+  float (&sums)[GRADIENTS][N] = shared.sums[threadIdx.x / 32][t];
+  float x[LANE_COLUMNS], sum[LANE_COLUMNS], dy[ROWS], v[ROWS], sa[ROWS], dv[ROWS], dsa[ROWS];
+
+  tile.read(token[R], x);
+  tile.read_rows(token[DY] + first_row, dy);
+#pragma unroll
+  for (int i = 0; i < ROWS; ++i)
+#pragma unroll
+    for (int j = 0; j < LANE_COLUMNS; ++j) g[i][j] = fmaf(dy[i], x[j], g[i][j]);
+  float b[LANE_COLUMNS], k[LANE_COLUMNS], d[LANE_COLUMNS];
+  tile.read(token[B], b);
+  lane_times(g, b, dsa);
+  tile.sum_rows(dsa);
+  tile.read(token[K], k);
+  lane_times(g, k, dv);
+  tile.share_rows(dsa);
+  tile.sum_rows(dv);
+  if (tile.has_rows() && inside) {
+#pragma unroll
+    for (int i = 0; i < Tile::PAIR; ++i)
+      store_at<Element>(args.dv, at + first_row + tile.row(i), dv[i]);
+  }
+
+  tile.read_rows(token[V] + first_row, v);
+  tile.read_rows(token[SA] + first_row, sa);
+  times_lane(v, g, sum);
+  tile.sum_columns(sum, sums[DK], add);
+  times_lane(sa, g, sum);
+  tile.sum_columns(sum, sums[DB], add);
+  float sa_dy = 0, v_dy = 0;
+#pragma unroll
+  for (int i = 0; i < ROWS; ++i) {
+    sa_dy = fmaf(sa[i], dy[i], sa_dy);
+    v_dy = fmaf(v[i], dy[i], v_dy);
+  }
+  tile.read(token[D], d);
+  times_lane(dy, state, sum);
+#pragma unroll
+  for (int j = 0; j < LANE_COLUMNS; ++j)
+    sum[j] = fmaf(sum[j], d[j], fmaf(sa_dy, b[j], v_dy * k[j]));
+  tile.sum_columns(sum, sums[DR], add);
+  sum_products(g, state, sum);
+  tile.sum_columns(sum, sums[DW], add);
+  times_lane(dsa, state, sum);
+  tile.sum_columns(sum, sums[DA], add);
+
+  tile.read(token[A], x);
+#pragma unroll
+  for (int i = 0; i < ROWS; ++i)
+#pragma unroll
+    for (int j = 0; j < LANE_COLUMNS; ++j) g[i][j] = fmaf(g[i][j], d[j], dsa[i] * x[j]);
 }
 
 // Adds up the warps' parts and writes the gradients of a step's tokens.
@@ -66,6 +145,7 @@ __device__ __forceinline__ void store_gradients(const Arguments& args, int64_t f
     const int t = at / N, j = at % N;
     if (first + t >= end) continue;
     float sums[GRADIENTS] = {};
+#pragma unroll
     for (int warp = 0; warp < WARPS; ++warp)
 #pragma unroll
       for (int gradient = 0; gradient < GRADIENTS; ++gradient)
@@ -80,84 +160,13 @@ __device__ __forceinline__ void store_gradients(const Arguments& args, int64_t f
   }
 }
 
-// A step of one group of rows: forward from `state`, then `g` backward. FIRST writes the sums over
-// rows, the groups after it add to them.
-template <bool FIRST>
-__device__ __forceinline__ void run_step(const Arguments& args, const Tile<N>& tile, int64_t first,
-                                         int64_t end, int64_t head, int first_row,
-                                         float (&state)[ROWS][LANE_COLUMNS],
-                                         float (&g)[ROWS][LANE_COLUMNS], Shared& shared) {
-  float (&sums)[STEP][GRADIENTS][N] = shared.sums[threadIdx.x / 32];
-  float history[STEP][ROWS][LANE_COLUMNS], sa[STEP][ROWS];
-#pragma unroll
-  for (int t = 0; t < STEP; ++t) {
-    float (&token)[VECTORS][N] = shared.tokens[t];
-    float v[ROWS], dy[ROWS], dr[LANE_COLUMNS] = {};
-#pragma unroll
-    for (int i = 0; i < ROWS; ++i) {
-      v[i] = token[V][first_row + i];
-      dy[i] = token[DY][first_row + i];
-#pragma unroll
-      for (int j = 0; j < LANE_COLUMNS; ++j) history[t][i][j] = state[i][j];
-    }
-    advance_state(tile, token, v, state, sa[t]);
-#pragma unroll
-    for (int i = 0; i < ROWS; ++i)
-#pragma unroll
-      for (int j = 0; j < LANE_COLUMNS; ++j) dr[j] = fmaf(state[i][j], dy[i], dr[j]);
-    tile.column_sum<!FIRST>(dr, sums[t][DR]);
-  }
-#pragma unroll
-  for (int t = STEP - 1; t >= 0; --t) {
-    float (&token)[VECTORS][N] = shared.tokens[t];
-    float dv[ROWS], dsa[ROWS], row[LANE_COLUMNS];
-    tile.read(token[R], row);
-#pragma unroll
-    for (int i = 0; i < ROWS; ++i) {
-      const float dy = token[DY][first_row + i];
-#pragma unroll
-      for (int j = 0; j < LANE_COLUMNS; ++j) g[i][j] = fmaf(dy, row[j], g[i][j]);
-    }
-    state_times(tile, g, token[K], dv);
-    state_times(tile, g, token[B], dsa);
-    if (tile.column_lane == 0 && first + t < end) {
-#pragma unroll
-      for (int i = 0; i < ROWS; ++i)
-        store_at<Element>(args.dv, ((first + t) * args.H + head) * N + first_row + i, dv[i]);
-    }
-    float dw[LANE_COLUMNS] = {}, dk[LANE_COLUMNS] = {}, da[LANE_COLUMNS] = {},
-          db[LANE_COLUMNS] = {};
-    float keep[LANE_COLUMNS], change[LANE_COLUMNS];
-    tile.read(token[A], row);
-    tile.read(token[KEEP], keep);
-    tile.read(token[CHANGE], change);
-#pragma unroll
-    for (int i = 0; i < ROWS; ++i) {
-      const float v = token[V][first_row + i];
-#pragma unroll
-      for (int j = 0; j < LANE_COLUMNS; ++j) {
-        const float sum = g[i][j], s = history[t][i][j];
-        dw[j] = fmaf(sum, s, dw[j]);
-        dk[j] = fmaf(sum, v, dk[j]);
-        da[j] = fmaf(s, dsa[i], da[j]);
-        db[j] = fmaf(sum, sa[t][i], db[j]);
-        g[i][j] = fmaf(sum, keep[j], fmaf(sum, change[j], dsa[i] * row[j]));
-      }
-    }
-    tile.column_sum<!FIRST>(dw, sums[t][DW]);
-    tile.column_sum<!FIRST>(dk, sums[t][DK]);
-    tile.column_sum<!FIRST>(da, sums[t][DA]);
-    tile.column_sum<!FIRST>(db, sums[t][DB]);
-  }
-}
-
 }  // namespace
 
 //% include "cuda_backward.h"
 
 namespace {
 
-__global__ void __launch_bounds__(THREADS, 1) backward_kernel(const Arguments args) {
+__global__ void __launch_bounds__(THREADS, BLOCKS) backward_kernel(const Arguments args) {
   extern __shared__ __align__(16) char shared_bytes[];
   walk_back(args, blockIdx.x, *reinterpret_cast<Shared*>(shared_bytes));
 }

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..config import CHECKPOINT_DTYPES
-from ..spec import EntrySpec, KernelVariant, OpSpec
+from ..spec import EntrySpec, KernelVariant, OpSpec, TensorSpec
 from .recurrence import recurrence_variants
 from .tensors import (
     CHECKPOINTS,
@@ -28,6 +28,12 @@ from .tensors import (
 _A = token("a", "first vector of the rank-1 update; -kk in the model")
 _B = token("b", "second vector of the rank-1 update; kk * a_gate in the model")
 _TOKENS = (R, W, K, V, _A, _B)
+_PRODUCTS = TensorSpec(
+    name="products",
+    shape=("S", "H", "L", "N"),
+    dtype=("accumulator",),
+    meaning="state times a, of the tokens of a chunk",
+)
 
 
 # On tensor cores: how much a block works on at once, by what shared memory allows; the first that
@@ -120,6 +126,6 @@ WKV7 = OpSpec(
     decays=("loglog", "logit", "log"),
     variants=(
         *(variant for setting in _CHUNKED for variant in setting.variants()),
-        *recurrence_variants("wkv7", constants={}, backward_scratch=()),
+        *recurrence_variants("wkv7", constants={}, cuda_scratch=(_PRODUCTS,)),
     ),
 )

@@ -1,6 +1,8 @@
 #pragma once
-// How a warp's lanes share rows of the state S [value, key]: COLUMN_LANES lanes side by side hold a
-// row, each eight keys of it in two groups of four; lanes one above the other hold other rows.
+// How a warp's lanes share rows of the state S [value, key]: COLUMN_LANES lanes side by side hold
+// the same ROWS rows, each eight keys of them in two groups of four; lanes one above the other hold
+// other rows. Lanes hold their rows and groups in different orders: where a sum over lanes is made
+// by halves, what a lane gives away is then always its upper half.
 #include <cstdint>
 
 namespace rwkv_jit {
@@ -8,20 +10,34 @@ namespace rwkv_jit {
 constexpr unsigned ALL_LANES = 0xffffffffu;
 constexpr int LANE_COLUMNS = 8;
 
-template <int N>
+template <int LANE_ROWS, int N>
 struct Tile {
+  static constexpr int ROWS = LANE_ROWS;
   static constexpr int COLUMN_LANES = N / LANE_COLUMNS;
   static constexpr int ROW_LANES = 32 / COLUMN_LANES;
+  static constexpr int WARP_ROWS = ROW_LANES * ROWS;
+  static constexpr int PAIR = ROWS > 1 ? 2 : 1;  // rows that every lane holds side by side
+  // Of a sum over columns, the lanes that have it and how many values each of them has.
+  static constexpr int COLUMN_SUMS = ROW_LANES < LANE_COLUMNS ? LANE_COLUMNS / ROW_LANES : 1;
   static_assert(COLUMN_LANES * ROW_LANES == 32, "N is a power of two from 16 to 256");
+  static_assert(ROWS / PAIR <= COLUMN_LANES, "each pair of rows has a lane of its own");
 
-  int column_lane, row_lane;
+  int column_lane, row_lane, row_order, column_order;
 
   __device__ __forceinline__ Tile()
-      : column_lane(threadIdx.x % COLUMN_LANES), row_lane(threadIdx.x % 32 / COLUMN_LANES) {}
+      : column_lane(threadIdx.x % COLUMN_LANES),
+        row_lane(threadIdx.x % 32 / COLUMN_LANES),
+        row_order(0),
+        column_order((row_lane & (ROW_LANES / 2)) != 0 ? N / 2 : 0) {
+#pragma unroll
+    for (int width = ROWS / 2, step = 1; width >= PAIR; width /= 2, step *= 2)
+      row_order += (column_lane & step) != 0 ? width : 0;
+  }
 
-  // The key that this lane holds in place `at` of 0..7.
+  // The warp's row that this lane holds in place `at`, and the key.
+  __device__ __forceinline__ int row(int at) const { return row_lane * ROWS + (at ^ row_order); }
   __device__ __forceinline__ int column(int at) const {
-    return at / 4 * (N / 2) + column_lane * 4 + at % 4;
+    return (at / 4 * (N / 2) ^ column_order) + column_lane * 4 + at % 4;
   }
 
   // This lane's eight values of a row of N floats; 16-byte reads, free of bank conflicts.
@@ -40,12 +56,61 @@ struct Tile {
           values[half * 4], values[half * 4 + 1], values[half * 4 + 2], values[half * 4 + 3]);
   }
 
-  // The sum over a row's lanes, in every one of them.
-  __device__ __forceinline__ float row_sum(float value) const {
+  // This lane's part of the warp's rows of a matrix [., N].
+  __device__ __forceinline__ void read(const float* rows,
+                                       float (&values)[ROWS][LANE_COLUMNS]) const {
 #pragma unroll
-    for (int step = COLUMN_LANES / 2; step > 0; step /= 2)
-      value += __shfl_xor_sync(ALL_LANES, value, step);
-    return value;
+    for (int i = 0; i < ROWS; ++i) read(rows + row(i) * N, values[i]);
+  }
+  __device__ __forceinline__ void write(const float (&values)[ROWS][LANE_COLUMNS],
+                                        float* rows) const {
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i) write(values[i], rows + row(i) * N);
+  }
+
+  // This lane's rows of a vector of the warp's rows.
+  __device__ __forceinline__ void read_rows(const float* rows, float (&values)[ROWS]) const {
+#pragma unroll
+    for (int i = 0; i < ROWS; i += PAIR) {
+      if constexpr (PAIR == 2) {
+        const float2 two = *reinterpret_cast<const float2*>(rows + row(i));
+        values[i] = two.x, values[i + 1] = two.y;
+      } else {
+        values[i] = rows[row(i)];
+      }
+    }
+  }
+
+  // Sums over a row's lanes. Its first PAIR values are then sums of a lane's first PAIR rows;
+  // among the lanes of has_rows each row has one lane.
+  __device__ __forceinline__ void sum_rows(float (&values)[ROWS]) const {
+    int width = ROWS;
+#pragma unroll
+    for (int step = 1; step < COLUMN_LANES; step *= 2) {
+      if (width > PAIR) {
+        width /= 2;
+#pragma unroll
+        for (int i = 0; i < ROWS / 2; ++i) {
+          if (i >= width) break;
+          values[i] += __shfl_xor_sync(ALL_LANES, values[i + width], step);
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < PAIR; ++i) values[i] += __shfl_xor_sync(ALL_LANES, values[i], step);
+      }
+    }
+  }
+  __device__ __forceinline__ bool has_rows() const { return column_lane < ROWS / PAIR; }
+
+  // Gives each lane the sums of all its rows.
+  __device__ __forceinline__ void share_rows(float (&values)[ROWS]) const {
+#pragma unroll
+    for (int width = PAIR, step = ROWS / PAIR / 2; step > 0; width *= 2, step /= 2)
+#pragma unroll
+      for (int i = 0; i < ROWS / 2; ++i) {
+        if (i >= width) break;
+        values[i + width] = __shfl_xor_sync(ALL_LANES, values[i], step);
+      }
   }
 
   // The sum over a warp's rows of what all lanes of a row hold alike.
@@ -56,10 +121,10 @@ struct Tile {
     return value;
   }
 
-  // Sums each column over the warp's rows and writes (or, with ADD, adds) the sums to a row of N
-  // floats. Each halving leaves a lane with half as many columns; every column has one writer.
-  template <bool ADD>
-  __device__ __forceinline__ void column_sum(float (&values)[LANE_COLUMNS], float* row) const {
+  // Sums each column over the warp's rows and writes the sums to a row of N floats, or adds them.
+  // Each halving leaves a lane with half as many columns; every column has one writer.
+  __device__ __forceinline__ void sum_columns(float (&values)[LANE_COLUMNS], float* row,
+                                              bool add) const {
     int width = LANE_COLUMNS, first = 0;
     bool writer = true;
 #pragma unroll
@@ -67,25 +132,45 @@ struct Tile {
       const bool upper = (row_lane & step) != 0;
       if (width > 1) {
         width /= 2;
+        const bool in_order = width == LANE_COLUMNS / 2;
 #pragma unroll
         for (int at = 0; at < LANE_COLUMNS / 2; ++at) {
           if (at >= width) break;
-          const float give = upper ? values[at] : values[at + width];
-          const float hold = upper ? values[at + width] : values[at];
+          const float give = upper && !in_order ? values[at] : values[at + width];
+          const float hold = upper && !in_order ? values[at + width] : values[at];
           values[at] = hold + __shfl_xor_sync(ALL_LANES, give, step * COLUMN_LANES);
         }
-        first += upper ? width : 0;
+        first += upper && !in_order ? width : 0;
       } else {
         values[0] += __shfl_xor_sync(ALL_LANES, values[0], step * COLUMN_LANES);
         writer = writer && !upper;
       }
     }
+    if (!writer) return;
+    if constexpr (COLUMN_SUMS == 8) {
+      float before[LANE_COLUMNS] = {};
+      if (add) read(row, before);
 #pragma unroll
-    for (int at = 0; at < LANE_COLUMNS; ++at) {
-      if (at >= width || !writer) break;
-      float& to = row[column(first + at)];
-      to = ADD ? to + values[at] : values[at];
+      for (int at = 0; at < LANE_COLUMNS; ++at) values[at] += before[at];
+      write(values, row);
+    } else {
+      add_values<COLUMN_SUMS>(values, row + column(first), add);
     }
+  }
+
+ private:
+  template <int COUNT>
+  static __device__ __forceinline__ void add_values(const float (&values)[LANE_COLUMNS], float* row,
+                                                    bool add) {
+    struct alignas(COUNT * sizeof(float)) Sums {
+      float at[COUNT];
+    };
+    Sums& to = *reinterpret_cast<Sums*>(row);
+    Sums sums = {};
+    if (add) sums = to;
+#pragma unroll
+    for (int at = 0; at < COUNT; ++at) sums.at[at] += values[at];
+    to = sums;
   }
 };
 
