@@ -1,10 +1,10 @@
 // A recurrence's way back: one block per sequence and head, from the last token to the first. A
 // chunk is first taken forward from its checkpoint, which keeps the state before each STEP tokens
 // in `states`; in a step, from its last token to its first, the state before a token is made again
-// from the nearest one kept, so the decay is never divided by. Where a head has more rows than fit,
-// groups of rows take turns, and G of those that wait lies in dstate. The operator's template has
-// the vectors of a token in Shared, and load_token, load_products, find_products, advance_state,
-// take_back and store_gradients.
+// from the one kept or from that in the step's middle, so the decay is never divided by. Where a
+// head has more rows than fit, groups of rows take turns, and G of those that wait lies in dstate.
+// The operator's template has the vectors of a token, and load_token, load_products, find_products,
+// advance_state, take_back and store_gradients.
 namespace {
 
 constexpr int BLOCKS = {{blocks}};  // of a multiprocessor
@@ -26,86 +26,108 @@ struct Chunk {
   int64_t head_index, head;  // head_index: s * H + head
   int64_t first, end;        // of the chunk's tokens, and of its sequence's
   const float* checkpoint;
-  float* states;  // kept before each step but the first
+  float* states;
 
-  __device__ __forceinline__ const float* before(int step) const {
-    return step == 0 ? checkpoint : states + (step - 1) * N * N;
+  // A warp's rows before a step.
+  __device__ __forceinline__ float* before(int step, int first_row) const {
+    return states + (step * N + first_row) * N;
   }
   // Of a token among the products that are kept.
   __device__ __forceinline__ int64_t place(int t) const { return head_index * L + t; }
 };
 
 // Reads, converts and gates a step of tokens; those past the end change nothing.
+template <bool AHEAD>
 __device__ __forceinline__ void load_tokens(const Arguments& args, const Chunk& chunk, int step,
-                                            bool known, float (&carry)[CHANNELS], Shared& shared) {
-  constexpr int VALUES = STEP * N / THREADS;
-  float values[VALUES][VECTORS];
-#pragma unroll
-  for (int i = 0; i < VALUES; ++i) {
-    const int at = i * THREADS + threadIdx.x, t = step * STEP + at / N, j = at % N;
-#pragma unroll
-    for (int vector = 0; vector < VECTORS; ++vector) values[i][vector] = vector == D ? 1.0f : 0.0f;
-    if (chunk.first + t < chunk.end) {
-      load_token(args, chunk.first + t, chunk.head, j, carry[i % CHANNELS], values[i]);
-      if (known) load_products(args, chunk.place(t), j, values[i]);
-    }
-  }
-  __syncthreads();  // the last tokens' readers are done
-#pragma unroll
-  for (int i = 0; i < VALUES; ++i) {
-    const int at = i * THREADS + threadIdx.x;
+                                            bool known, float (&carry)[WIDTH<STEP>],
+                                            Shared& shared) {
+  float values[STEP * N / THREADS / WIDTH<STEP>][VECTORS][WIDTH<STEP>];
+  for_my_channels<STEP>([&](int i, int t, int j) {
 #pragma unroll
     for (int vector = 0; vector < VECTORS; ++vector)
-      shared.tokens[at / N][vector][at % N] = values[i][vector];
-  }
+#pragma unroll
+      for (int at = 0; at < WIDTH<STEP>; ++at) values[i][vector][at] = vector == D ? 1.0f : 0.0f;
+    t += step * STEP;
+    if (chunk.first + t >= chunk.end) return;
+    load_token<AHEAD>(args, chunk.first + t, chunk.head, j, carry, values[i]);
+    if (known) load_products(args, chunk.place(t), j, values[i]);
+  });
+  __syncthreads();  // the last tokens' readers are done
+  for_my_channels<STEP>([&](int i, int t, int j) {
+#pragma unroll
+    for (int vector = 0; vector < (AHEAD ? AHEAD_VECTORS : VECTORS); ++vector)
+      store_at<float>(shared.tokens[t][vector], j, values[i][vector]);
+  });
   __syncthreads();
 }
 
 // Takes a chunk forward to the first token of its last step.
 __device__ __forceinline__ void keep_states(const Arguments& args, const Tile& tile,
                                             const Chunk& chunk, int steps, Shared& shared) {
-  if (steps == 1) return;
   for (int group = 0; group < GROUPS; ++group) {
     const int first_row = first_row_of(group);
-    float state[ROWS][LANE_COLUMNS], carry[CHANNELS] = {};
+    float state[ROWS][LANE_COLUMNS], carry[WIDTH<STEP>] = {};
     tile.read(chunk.checkpoint + first_row * N, state);
-    for (int step = 0; step < steps - 1; ++step) {
-      load_tokens(args, chunk, step, false, carry, shared);
+    for (int step = 0; step < steps; ++step) {
+      tile.write_copy(state, chunk.before(step, first_row));
+      if (step == steps - 1) break;
+      load_tokens<true>(args, chunk, step, false, carry, shared);
       for (int t = 0; t < STEP; ++t) {
         float (&token)[VECTORS][N] = shared.tokens[t];
         find_products(args, tile, chunk.place(step * STEP + t), first_row, state, token);
         advance_state(tile, token, first_row, state);
       }
-      tile.write(state, chunk.states + (step * N + first_row) * N);
     }
   }
 }
 
-// Takes a group of rows back through a step.
+// Takes a group of rows back through a step, whose state is on its way to shared memory; so is, at
+// the end, the state that comes next: the next group's or, from another step, the first one's.
 __device__ __forceinline__ void run_step(const Arguments& args, const Tile& tile,
                                          const Chunk& chunk, int step, bool known, int group,
                                          float (&g)[ROWS][LANE_COLUMNS], Shared& shared) {
   const int first_row = first_row_of(group);
-  const float* before = chunk.before(step) + first_row * N;
-  float* middle = shared.middle[first_row_of(0)];
+  float* kept = shared.state[first_row_of(0)];
   for (int t = STEP - 1; t >= 0; --t) {
     const bool last = t == STEP - 1;
     float state[ROWS][LANE_COLUMNS];
-    if (t == STEP / 2) {
-      tile.read(middle, state);
-    } else {
-      tile.read(before, state);
-    }
+    if (t % 2 == 1) tile.finish_copy();
+    tile.read_copy(kept, state);
     for (int from = last ? 0 : t - t % 2; from <= t; ++from) {
       float (&token)[VECTORS][N] = shared.tokens[from];
-      if (last && from == STEP / 2) tile.write(state, middle);
+      if (last && from == STEP / 2) tile.write_copy(state, kept);
       if (last && !known)
         find_products(args, tile, chunk.place(step * STEP + from), first_row, state, token);
       if (from < t) advance_state(tile, token, first_row, state);
     }
+    if (t == STEP / 2) tile.start_copy(kept, chunk.before(step, first_row));
+    if (t == 0) {
+      const int next_group = (group + 1) % GROUPS, next_step = next_group > 0 ? step : step - 1;
+      if (next_step >= 0) tile.start_copy(kept, chunk.before(next_step, first_row_of(next_group)));
+    }
     const int64_t token = chunk.first + step * STEP + t;
     take_back(args, tile, (token * args.H + chunk.head) * N, token < chunk.end, first_row, t,
               group > 0, state, g, shared);
+  }
+}
+
+// Takes a chunk back, once its states are kept.
+__device__ __forceinline__ void run_chunk(const Arguments& args, const Tile& tile,
+                                          const Chunk& chunk, int steps,
+                                          float (&carry)[WIDTH<STEP>],
+                                          float (&g)[ROWS][LANE_COLUMNS], Shared& shared) {
+  for (int step = steps - 1; step >= 0; --step) {
+    const bool known = step < steps - 1;
+    load_tokens<false>(args, chunk, step, known, carry, shared);
+    if (!known) tile.start_copy(shared.state[first_row_of(0)], chunk.before(step, first_row_of(0)));
+    for (int group = 0; group < GROUPS; ++group) {
+      float* waiting = waiting_rows(args, chunk.head_index, first_row_of(group));
+      if constexpr (GROUPS > 1) tile.read_copy(waiting, g);
+      run_step(args, tile, chunk, step, known, group, g, shared);
+      if constexpr (GROUPS > 1) tile.write_copy(g, waiting);
+    }
+    __syncthreads();  // every warp's part of the sums is there
+    store_gradients(args, chunk.first + step * STEP, chunk.end, chunk.head, shared);
   }
 }
 
@@ -114,7 +136,10 @@ __device__ __forceinline__ void walk_back(const Arguments& args, int64_t head_in
                                           Shared& shared) {
   const Tile tile;
   const Sequence sequence = find_sequence(args, head_index / args.H, L);
-  float g[ROWS][LANE_COLUMNS], carry[CHANNELS] = {};
+  const auto place = [&](int first_row, int i, int j) {
+    return head_index * N * N + state_index(first_row + tile.row(i), tile.column(j));
+  };
+  float g[ROWS][LANE_COLUMNS], carry[WIDTH<STEP>] = {};
   for (int group = 0; group < GROUPS; ++group) {
     const int first_row = first_row_of(group);
 #pragma unroll
@@ -123,10 +148,8 @@ __device__ __forceinline__ void walk_back(const Arguments& args, int64_t head_in
       for (int j = 0; j < LANE_COLUMNS; ++j)
         g[i][j] = args.dfinal_state == nullptr
                       ? 0.0f
-                      : load_at<StateElement>(
-                            args.dfinal_state,
-                            head_index * N * N + state_index(first_row + tile.row(i), tile.column(j)));
-    if constexpr (GROUPS > 1) tile.write(g, waiting_rows(args, head_index, first_row));
+                      : load_at<StateElement>(args.dfinal_state, place(first_row, i, j));
+    if constexpr (GROUPS > 1) tile.write_copy(g, waiting_rows(args, head_index, first_row));
   }
 
   Chunk chunk;
@@ -140,30 +163,18 @@ __device__ __forceinline__ void walk_back(const Arguments& args, int64_t head_in
     const int64_t count = min(sequence.end - chunk.first, static_cast<int64_t>(L));
     const int steps = static_cast<int>(count + STEP - 1) / STEP;
     keep_states(args, tile, chunk, steps, shared);
-    for (int step = steps - 1; step >= 0; --step) {
-      const bool known = step < steps - 1;
-      load_tokens(args, chunk, step, known, carry, shared);
-      for (int group = 0; group < GROUPS; ++group) {
-        float* waiting = waiting_rows(args, head_index, first_row_of(group));
-        if constexpr (GROUPS > 1) tile.read(waiting, g);
-        run_step(args, tile, chunk, step, known, group, g, shared);
-        if constexpr (GROUPS > 1) tile.write(g, waiting);
-      }
-      store_gradients(args, chunk.first + step * STEP, chunk.end, chunk.head, shared);
-    }
+    run_chunk(args, tile, chunk, steps, carry, g, shared);
   }
 
   if (args.dinitial_state == nullptr) return;
   for (int group = 0; group < GROUPS; ++group) {
     const int first_row = first_row_of(group);
-    if constexpr (GROUPS > 1) tile.read(waiting_rows(args, head_index, first_row), g);
+    if constexpr (GROUPS > 1) tile.read_copy(waiting_rows(args, head_index, first_row), g);
 #pragma unroll
     for (int i = 0; i < ROWS; ++i)
 #pragma unroll
       for (int j = 0; j < LANE_COLUMNS; ++j)
-        store_at<StateElement>(
-            args.dinitial_state,
-            head_index * N * N + state_index(first_row + tile.row(i), tile.column(j)), g[i][j]);
+        store_at<StateElement>(args.dinitial_state, place(first_row, i, j), g[i][j]);
   }
 }
 

@@ -4,7 +4,6 @@
 // load_token and run_token.
 namespace {
 
-constexpr int STAGE = {{stage_tokens}};
 static_assert(L % STAGE == 0, "a checkpoint falls on the first token of a stage");
 
 __device__ __forceinline__ void store_checkpoint(const Arguments& args, const Tile& tile,
@@ -34,18 +33,21 @@ __global__ void __launch_bounds__(THREADS) forward_kernel(const Arguments args) 
                               args.initial_state,
                               head_index * N * N + state_index(first_row + tile.row(i), tile.column(j)));
 
-  float carry[CHANNELS] = {};
+  float carry[WIDTH<STAGE>] = {};
   int64_t checkpoint = sequence.first_checkpoint;
   for (int64_t first = sequence.begin; first < sequence.end; first += STAGE) {
     const int count = static_cast<int>(min(sequence.end - first, static_cast<int64_t>(STAGE)));
     if ((first - sequence.begin) % L == 0)
       store_checkpoint(args, tile, head, checkpoint++, first_row, state);
     __syncthreads();  // the last stage's readers are done
+for_my_channels<STAGE>([&](int, int t, int j) {
+      if (t >= count) return;
+      float values[VECTORS][WIDTH<STAGE>];
+      load_token(args, first + t, head, j, carry, values);
 #pragma unroll
-    for (int i = 0; i < STAGE * N / THREADS; ++i) {
-      const int at = i * THREADS + threadIdx.x, t = at / N, j = at % N;
-      if (t < count) load_token(args, first + t, head, j, tokens[t], carry[i % CHANNELS]);
-    }
+      for (int vector = 0; vector < VECTORS; ++vector)
+        store_at<float>(tokens[t][vector], j, values[vector]);
+    });
     __syncthreads();
     for (int t = 0; t < count; ++t) {
       float y[ROWS];

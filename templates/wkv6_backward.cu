@@ -21,34 +21,44 @@ using namespace rwkv_jit;
 
 constexpr int STEP = {{step_tokens}};
 
-enum Vector { R, K, V, UK, DY, D, SLOPE, VECTORS };  // UK is u * k
-enum Gradient { DR, DW, DK, GRADIENTS };             // those that are sums over rows
+// UK is u * k. The first ones are what advance_state takes.
+enum Vector { K, V, D, AHEAD_VECTORS, R = AHEAD_VECTORS, UK, DY, SLOPE, VECTORS };
+enum Gradient { DR, DW, DK, GRADIENTS };  // those that are sums over rows
 
 struct Shared {
   float tokens[STEP][VECTORS][N];
   float sums[WARPS][STEP][GRADIENTS][N];       // each warp's part
-  float c[WARPS][STEP];                        // and of c
-  float middle[BLOCK_ROWS][N];                 // the state in the middle of a step
+  float state[BLOCK_ROWS][N];                  // before a step, or in its middle
+  float c[STEP][WARPS];                        // each warp's part of c
   float du[N], du_rest[N], dw[N], dw_rest[N];  // over tokens; dw where the decay is one for all
 };
 
-// One value of each vector of a token.
+// Neighbouring values of each vector of a token; AHEAD: of what advance_state takes.
+template <bool AHEAD>
 __device__ __forceinline__ void load_token(const Arguments& args, int64_t t, int64_t head, int j,
-                                           float& carry, float (&token)[VECTORS]) {
+                                           float (&carry)[WIDTH<STEP>],
+                                           float (&token)[VECTORS][WIDTH<STEP>]) {
   const int64_t row = t * args.H + head, from = row * N + j;
-  const Decay decay =
-      decay_of<DECAY>(load_mixed<Element>(args.w, args.w_dtype, decay_row(row, head) * N + j));
-  token[R] = load_at<Element>(args.r, from);
-  token[K] = load_at<Element>(args.k, from);
-  token[V] = load_at<Element>(args.v, from);
-  token[UK] = load_mixed<Element>(args.u, args.u_dtype, head * N + j) * token[K];
-  token[DY] = load_at<Element>(args.dy, from);
-  token[D] = carry_rest(decay, carry);
-  token[SLOPE] = decay.slope;
+  load_at<Element>(args.k, from, token[K]);
+  load_at<Element>(args.v, from, token[V]);
+  load_mixed<Element>(args.w, args.w_dtype, decay_row(row, head) * N + j, token[D]);
+  if constexpr (!AHEAD) {
+    load_at<Element>(args.r, from, token[R]);
+    load_mixed<Element>(args.u, args.u_dtype, head * N + j, token[UK]);
+    load_at<Element>(args.dy, from, token[DY]);
+  }
+#pragma unroll
+  for (int i = 0; i < WIDTH<STEP>; ++i) {
+    const Decay decay = decay_of<DECAY>(token[D][i]);
+    token[D][i] = carry_rest(decay, carry[i]);
+    token[UK][i] *= token[K][i];
+    token[SLOPE][i] = decay.slope;
+  }
 }
 
 // The state is advanced by the token's vectors alone.
-__device__ __forceinline__ void load_products(const Arguments&, int64_t, int, float (&)[VECTORS]) {}
+__device__ __forceinline__ void load_products(const Arguments&, int64_t, int,
+                                              float (&)[VECTORS][WIDTH<STEP>]) {}
 __device__ __forceinline__ void find_products(const Arguments&, const Tile&, int64_t, int,
                                               const float (&)[ROWS][LANE_COLUMNS],
                                               float (&)[VECTORS][N]) {}
@@ -91,7 +101,7 @@ __device__ __forceinline__ void take_back(const Arguments& args, const Tile& til
       store_at<Element>(args.dv, at + first_row + tile.row(i), dv[i]);
   }
   c = tile.sum_of_rows(c);
-  if (threadIdx.x % 32 == 0) shared.c[warp][t] = add ? shared.c[warp][t] + c : c;
+  if (threadIdx.x % 32 == 0) shared.c[t][warp] = add ? shared.c[t][warp] + c : c;
 
   times_lane(v, g, sum);
   tile.sum_columns(sum, sums[DK], add);
@@ -111,35 +121,47 @@ __device__ __forceinline__ void take_back(const Arguments& args, const Tile& til
 // tokens.
 __device__ __forceinline__ void store_gradients(const Arguments& args, int64_t first, int64_t end,
                                                 int64_t head, Shared& shared) {
-  __syncthreads();  // every warp's part is there
-  const auto over_warps = [&](int t, int gradient, int j) {
-    float sum = 0;
-    for (int warp = 0; warp < WARPS; ++warp) sum += shared.sums[warp][t][gradient][j];
-    return sum;
-  };
   const auto c_of = [&](int t) {
     float sum = 0;
-    for (int warp = 0; warp < WARPS; ++warp) sum += shared.c[warp][t];
+#pragma unroll
+    for (int warp = 0; warp < WARPS; ++warp) sum += shared.c[t][warp];
     return sum;
   };
-  for (int at = threadIdx.x; at < STEP * N; at += THREADS) {
-    const int t = at / N, j = at % N;
-    if (first + t >= end) continue;
+  for_my_channels<STEP>([&](int, int t, int j) {
+    if (first + t >= end) return;
     const float (&token)[VECTORS][N] = shared.tokens[t];
     const int64_t to = ((first + t) * args.H + head) * N + j;
-    const float c = c_of(t), u = load_mixed<Element>(args.u, args.u_dtype, head * N + j);
-    store_at<Element>(args.dr, to, fmaf(c, token[UK][j], over_warps(t, DR, j)));
-    store_at<Element>(args.dk, to, fmaf(c, u * token[R][j], over_warps(t, DK, j)));
-    if constexpr (DECAY_PER_TOKEN)
-      store_mixed<Element>(args.dw, args.dw_dtype, to, over_warps(t, DW, j) * token[SLOPE][j]);
-  }
+    const float c = c_of(t);
+    float sum[WIDTH<STEP>], x[WIDTH<STEP>], u[WIDTH<STEP>];
+    sum_warps(shared.sums, t, DR, j, sum);
+    load_at<float>(token[UK], j, x);
+#pragma unroll
+    for (int i = 0; i < WIDTH<STEP>; ++i) sum[i] = fmaf(c, x[i], sum[i]);
+    store_at<Element>(args.dr, to, sum);
+    sum_warps(shared.sums, t, DK, j, sum);
+    load_at<float>(token[R], j, x);
+    load_mixed<Element>(args.u, args.u_dtype, head * N + j, u);
+#pragma unroll
+    for (int i = 0; i < WIDTH<STEP>; ++i) sum[i] = fmaf(c, u[i] * x[i], sum[i]);
+    store_at<Element>(args.dk, to, sum);
+    if constexpr (DECAY_PER_TOKEN) {
+      sum_warps(shared.sums, t, DW, j, sum);
+      load_at<float>(token[SLOPE], j, x);
+#pragma unroll
+      for (int i = 0; i < WIDTH<STEP>; ++i) sum[i] *= x[i];
+      store_mixed<Element>(args.dw, args.dw_dtype, to, sum);
+    }
+  });
   for (int j = threadIdx.x; j < N; j += THREADS)
     for (int t = STEP - 1; t >= 0; --t) {
       if (first + t >= end) continue;
       add_long(c_of(t) * shared.tokens[t][R][j] * shared.tokens[t][K][j], shared.du[j],
                shared.du_rest[j]);
-      if constexpr (!DECAY_PER_TOKEN)
-        add_long(over_warps(t, DW, j), shared.dw[j], shared.dw_rest[j]);
+      if constexpr (!DECAY_PER_TOKEN) {
+        float sum[1];
+        sum_warps(shared.sums, t, DW, j, sum);
+        add_long(sum[0], shared.dw[j], shared.dw_rest[j]);
+      }
     }
 }
 

@@ -14,20 +14,25 @@ namespace {
 
 using namespace rwkv_jit;
 
+constexpr int STAGE = {{stage_tokens}};
+
 enum Vector { R, K, V, UK, D, VECTORS };  // UK is u * k
 
-// One value of each vector of a token.
+// Neighbouring values of each vector of a token.
 __device__ __forceinline__ void load_token(const Arguments& args, int64_t t, int64_t head, int j,
-                                           float (&token)[VECTORS][N], float& carry) {
+                                           float (&carry)[WIDTH<STAGE>],
+                                           float (&token)[VECTORS][WIDTH<STAGE>]) {
   const int64_t row = t * args.H + head, from = row * N + j;
-  const Decay decay =
-      decay_of<DECAY>(load_mixed<Element>(args.w, args.w_dtype, decay_row(row, head) * N + j));
-  const float k = load_at<Element>(args.k, from);
-  token[R][j] = load_at<Element>(args.r, from);
-  token[K][j] = k;
-  token[V][j] = load_at<Element>(args.v, from);
-  token[UK][j] = load_mixed<Element>(args.u, args.u_dtype, head * N + j) * k;
-  token[D][j] = carry_rest(decay, carry);
+  load_at<Element>(args.r, from, token[R]);
+  load_at<Element>(args.k, from, token[K]);
+  load_at<Element>(args.v, from, token[V]);
+  load_mixed<Element>(args.u, args.u_dtype, head * N + j, token[UK]);
+  load_mixed<Element>(args.w, args.w_dtype, decay_row(row, head) * N + j, token[D]);
+#pragma unroll
+  for (int i = 0; i < WIDTH<STAGE>; ++i) {
+    token[UK][i] *= token[K][i];
+    token[D][i] = carry_rest(decay_of<DECAY>(token[D][i]), carry[i]);
+  }
 }
 
 // y's sums are those of Tile::sum_rows.

@@ -18,35 +18,44 @@ using namespace rwkv_jit;
 
 constexpr int STEP = {{step_tokens}};
 
-enum Vector { R, K, V, A, B, DY, D, SLOPE, SA, VECTORS };  // SA is S_{t-1} a
-enum Gradient { DR, DW, DK, DA, DB, GRADIENTS };           // those that are sums over rows
+// SA is S_{t-1} a. The first ones are what advance_state takes.
+enum Vector { K, V, A, B, D, AHEAD_VECTORS, R = AHEAD_VECTORS, DY, SLOPE, SA, VECTORS };
+enum Gradient { DR, DW, DK, DA, DB, GRADIENTS };  // those that are sums over rows
 
 struct Shared {
   float tokens[STEP][VECTORS][N];
   float sums[WARPS][STEP][GRADIENTS][N];  // each warp's part
-  float middle[BLOCK_ROWS][N];            // the state in the middle of a step
+  float state[BLOCK_ROWS][N];             // before a step, or in its middle
 };
 
-// One value of each vector of a token but SA.
+// Neighbouring values of each vector of a token but SA; AHEAD: of what advance_state takes.
+template <bool AHEAD>
 __device__ __forceinline__ void load_token(const Arguments& args, int64_t t, int64_t head, int j,
-                                           float& carry, float (&token)[VECTORS]) {
+                                           float (&carry)[WIDTH<STEP>],
+                                           float (&token)[VECTORS][WIDTH<STEP>]) {
   const int64_t from = (t * args.H + head) * N + j;
-  const Decay decay = decay_of<DECAY>(load_mixed<Element>(args.w, args.w_dtype, from));
-  token[R] = load_at<Element>(args.r, from);
-  token[K] = load_at<Element>(args.k, from);
-  token[V] = load_at<Element>(args.v, from);
-  token[A] = load_at<Element>(args.a, from);
-  token[B] = load_at<Element>(args.b, from);
-  token[DY] = load_at<Element>(args.dy, from);
-  token[D] = carry_rest(decay, carry);
-  token[SLOPE] = decay.slope;
+  load_at<Element>(args.k, from, token[K]);
+  load_at<Element>(args.v, from, token[V]);
+  load_at<Element>(args.a, from, token[A]);
+  load_at<Element>(args.b, from, token[B]);
+  load_mixed<Element>(args.w, args.w_dtype, from, token[D]);
+  if constexpr (!AHEAD) {
+    load_at<Element>(args.r, from, token[R]);
+    load_at<Element>(args.dy, from, token[DY]);
+  }
+#pragma unroll
+  for (int i = 0; i < WIDTH<STEP>; ++i) {
+    const Decay decay = decay_of<DECAY>(token[D][i]);
+    token[D][i] = carry_rest(decay, carry[i]);
+    token[SLOPE][i] = decay.slope;
+  }
 }
 
 // What find_products found before.
 template <typename Args>
 __device__ __forceinline__ void load_products(const Args& args, int64_t place, int j,
-                                              float (&token)[VECTORS]) {
-  token[SA] = static_cast<const float*>(args.products)[place * N + j];
+                                              float (&token)[VECTORS][WIDTH<STEP>]) {
+  load_at<float>(args.products, place * N + j, token[SA]);
 }
 
 // The products of the state before a token with its vectors, also for load_products.
@@ -140,24 +149,24 @@ __device__ __forceinline__ void take_back(const Arguments& args, const Tile& til
 // Adds up the warps' parts and writes the gradients of a step's tokens.
 __device__ __forceinline__ void store_gradients(const Arguments& args, int64_t first, int64_t end,
                                                 int64_t head, const Shared& shared) {
-  __syncthreads();  // every warp's part is there
-  for (int at = threadIdx.x; at < STEP * N; at += THREADS) {
-    const int t = at / N, j = at % N;
-    if (first + t >= end) continue;
-    float sums[GRADIENTS] = {};
-#pragma unroll
-    for (int warp = 0; warp < WARPS; ++warp)
-#pragma unroll
-      for (int gradient = 0; gradient < GRADIENTS; ++gradient)
-        sums[gradient] += shared.sums[warp][t][gradient][j];
+  for_my_channels<STEP>([&](int, int t, int j) {
+    if (first + t >= end) return;
     const int64_t to = ((first + t) * args.H + head) * N + j;
-    const float dw = sums[DW] * shared.tokens[t][SLOPE][j];
-    store_at<Element>(args.dr, to, sums[DR]);
-    store_at<Element>(args.dk, to, sums[DK]);
-    store_at<Element>(args.da, to, sums[DA]);
-    store_at<Element>(args.db, to, sums[DB]);
-    store_mixed<Element>(args.dw, args.dw_dtype, to, dw);
-  }
+    float sum[WIDTH<STEP>], slope[WIDTH<STEP>];
+    sum_warps(shared.sums, t, DR, j, sum);
+    store_at<Element>(args.dr, to, sum);
+    sum_warps(shared.sums, t, DK, j, sum);
+    store_at<Element>(args.dk, to, sum);
+    sum_warps(shared.sums, t, DA, j, sum);
+    store_at<Element>(args.da, to, sum);
+    sum_warps(shared.sums, t, DB, j, sum);
+    store_at<Element>(args.db, to, sum);
+    sum_warps(shared.sums, t, DW, j, sum);
+    load_at<float>(shared.tokens[t][SLOPE], j, slope);
+#pragma unroll
+    for (int i = 0; i < WIDTH<STEP>; ++i) sum[i] *= slope[i];
+    store_mixed<Element>(args.dw, args.dw_dtype, to, sum);
+  });
 }
 
 }  // namespace

@@ -13,19 +13,24 @@ namespace {
 
 using namespace rwkv_jit;
 
+constexpr int STAGE = {{stage_tokens}};
+
 enum Vector { R, K, V, A, B, D, VECTORS };
 
-// One value of each vector of a token.
+// Neighbouring values of each vector of a token.
 __device__ __forceinline__ void load_token(const Arguments& args, int64_t t, int64_t head, int j,
-                                           float (&token)[VECTORS][N], float& carry) {
+                                           float (&carry)[WIDTH<STAGE>],
+                                           float (&token)[VECTORS][WIDTH<STAGE>]) {
   const int64_t from = (t * args.H + head) * N + j;
-  const Decay decay = decay_of<DECAY>(load_mixed<Element>(args.w, args.w_dtype, from));
-  token[R][j] = load_at<Element>(args.r, from);
-  token[K][j] = load_at<Element>(args.k, from);
-  token[V][j] = load_at<Element>(args.v, from);
-  token[A][j] = load_at<Element>(args.a, from);
-  token[B][j] = load_at<Element>(args.b, from);
-  token[D][j] = carry_rest(decay, carry);
+  load_at<Element>(args.r, from, token[R]);
+  load_at<Element>(args.k, from, token[K]);
+  load_at<Element>(args.v, from, token[V]);
+  load_at<Element>(args.a, from, token[A]);
+  load_at<Element>(args.b, from, token[B]);
+  load_mixed<Element>(args.w, args.w_dtype, from, token[D]);
+#pragma unroll
+  for (int i = 0; i < WIDTH<STAGE>; ++i)
+    token[D][i] = carry_rest(decay_of<DECAY>(token[D][i]), carry[i]);
 }
 
 // y's sums are those of Tile::sum_rows.

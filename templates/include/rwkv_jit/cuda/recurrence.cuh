@@ -1,5 +1,6 @@
 #pragma once
 // One token for the rows that a lane holds.
+#include "rwkv_jit/cuda/element.cuh"
 #include "rwkv_jit/cuda/tile.cuh"
 
 namespace rwkv_jit {
@@ -45,6 +46,20 @@ __device__ __forceinline__ void sum_products(const float (&left)[ROWS][LANE_COLU
     sum[j] = left[0][j] * right[0][j];
 #pragma unroll
     for (int i = 1; i < ROWS; ++i) sum[j] = fmaf(left[i][j], right[i][j], sum[j]);
+  }
+}
+
+// Adds up the warps' parts of sums over rows, neighbouring columns of one token and gradient.
+template <int WARPS, int STEP, int GRADIENTS, int N, int WIDTH>
+__device__ __forceinline__ void sum_warps(const float (&sums)[WARPS][STEP][GRADIENTS][N], int t,
+                                          int gradient, int j, float (&sum)[WIDTH]) {
+  load_at<float>(sums[0][t][gradient], j, sum);
+#pragma unroll
+  for (int warp = 1; warp < WARPS; ++warp) {
+    float part[WIDTH];
+    load_at<float>(sums[warp][t][gradient], j, part);
+#pragma unroll
+    for (int i = 0; i < WIDTH; ++i) sum[i] += part[i];
   }
 }
 

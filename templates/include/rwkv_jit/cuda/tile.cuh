@@ -3,7 +3,7 @@
 // the same ROWS rows, each eight keys of them in two groups of four; lanes one above the other hold
 // other rows. Lanes hold their rows and groups in different orders: where a sum over lanes is made
 // by halves, what a lane gives away is then always its upper half.
-#include <cstdint>
+#include "rwkv_jit/cuda/copy.cuh"
 
 namespace rwkv_jit {
 
@@ -40,20 +40,12 @@ struct Tile {
     return (at / 4 * (N / 2) ^ column_order) + column_lane * 4 + at % 4;
   }
 
-  // This lane's eight values of a row of N floats; 16-byte reads, free of bank conflicts.
+  // This lane's eight values of a row of N floats; 16-byte accesses, free of bank conflicts.
   __device__ __forceinline__ void read(const float* row, float (&values)[LANE_COLUMNS]) const {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float4 four = *reinterpret_cast<const float4*>(row + column(half * 4));
-      values[half * 4] = four.x, values[half * 4 + 1] = four.y;
-      values[half * 4 + 2] = four.z, values[half * 4 + 3] = four.w;
-    }
+    read_fours(row + column(0), row + column(4), values);
   }
   __device__ __forceinline__ void write(const float (&values)[LANE_COLUMNS], float* row) const {
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-      *reinterpret_cast<float4*>(row + column(half * 4)) = make_float4(
-          values[half * 4], values[half * 4 + 1], values[half * 4 + 2], values[half * 4 + 3]);
+    write_fours(values, row + column(0), row + column(4));
   }
 
   // This lane's part of the warp's rows of a matrix [., N].
@@ -66,6 +58,35 @@ struct Tile {
                                         float* rows) const {
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) write(values[i], rows + row(i) * N);
+  }
+
+  // The same of a copy of the warp's part, which lies as the lanes hold it.
+  __device__ __forceinline__ void read_copy(const float* copy,
+                                            float (&values)[ROWS][LANE_COLUMNS]) const {
+    copy += threadIdx.x % 32 * 4;
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i)
+      read_fours(copy + i * 256, copy + i * 256 + 128, values[i]);
+  }
+  __device__ __forceinline__ void write_copy(const float (&values)[ROWS][LANE_COLUMNS],
+                                             float* copy) const {
+    copy += threadIdx.x % 32 * 4;
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i)
+      write_fours(values[i], copy + i * 256, copy + i * 256 + 128);
+  }
+
+  // Copies a copy to shared memory; each lane waits for what it holds itself.
+  __device__ __forceinline__ void start_copy(float* to, const float* from) const {
+    __syncwarp();  // what lies there has been read
+    const int lane = threadIdx.x % 32 * 4;
+#pragma unroll
+    for (int four = 0; four < ROWS * 2; ++four)
+      copy_async(to + four * 128 + lane, from + four * 128 + lane, true);
+  }
+  __device__ __forceinline__ void finish_copy() const {
+    copies_done();
+    __syncwarp();
   }
 
   // This lane's rows of a vector of the warp's rows.
@@ -159,6 +180,19 @@ struct Tile {
   }
 
  private:
+  static __device__ __forceinline__ void read_fours(const float* first, const float* second,
+                                                    float (&values)[LANE_COLUMNS]) {
+    const float4 one = *reinterpret_cast<const float4*>(first);
+    const float4 two = *reinterpret_cast<const float4*>(second);
+    values[0] = one.x, values[1] = one.y, values[2] = one.z, values[3] = one.w;
+    values[4] = two.x, values[5] = two.y, values[6] = two.z, values[7] = two.w;
+  }
+  static __device__ __forceinline__ void write_fours(const float (&values)[LANE_COLUMNS],
+                                                     float* first, float* second) {
+    *reinterpret_cast<float4*>(first) = make_float4(values[0], values[1], values[2], values[3]);
+    *reinterpret_cast<float4*>(second) = make_float4(values[4], values[5], values[6], values[7]);
+  }
+
   template <int COUNT>
   static __device__ __forceinline__ void add_values(const float (&values)[LANE_COLUMNS], float* row,
                                                     bool add) {
