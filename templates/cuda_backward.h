@@ -21,20 +21,13 @@ __device__ __forceinline__ float* waiting_rows(const Args& args, int64_t head_in
   }
 }
 
-// A chunk of a head.
-struct Chunk {
-  int64_t head_index, head;  // head_index: s * H + head
-  int64_t first, end;        // of the chunk's tokens, and of its sequence's
-  const float* checkpoint;
-  float* states;
-
-  // A warp's rows before a step.
-  __device__ __forceinline__ float* before(int step, int first_row) const {
-    return states + (step * N + first_row) * N;
-  }
-  // Of a token among the products that are kept.
-  __device__ __forceinline__ int64_t place(int t) const { return head_index * L + t; }
-};
+// The states of a head that are kept: a warp's rows before a step.
+template <typename Args>
+__device__ __forceinline__ float* kept_rows(const Args& args, int64_t head_index, int step,
+                                            int first_row) {
+  return static_cast<float*>(args.states) +
+         ((head_index * (L / STEP) + step) * N + first_row) * N;
+}
 
 // Reads, converts and gates a step of tokens; those past the end change nothing.
 template <bool AHEAD>
@@ -48,9 +41,9 @@ __device__ __forceinline__ void load_tokens(const Arguments& args, const Chunk& 
 #pragma unroll
       for (int at = 0; at < WIDTH<STEP>; ++at) values[i][vector][at] = vector == D ? 1.0f : 0.0f;
     t += step * STEP;
-    if (chunk.first + t >= chunk.end) return;
-    load_token<AHEAD>(args, chunk.first + t, chunk.head, j, carry, values[i]);
-    if (known) load_products(args, chunk.place(t), j, values[i]);
+    if (t >= chunk.count) return;
+    load_token<AHEAD>(args, chunk.first + t * args.H, chunk.head, j, carry, values[i]);
+    if (known) load_products(args, chunk.head_index * L + t, j, values[i]);
   });
   __syncthreads();  // the last tokens' readers are done
   for_my_channels<STEP>([&](int i, int t, int j) {
@@ -63,18 +56,20 @@ __device__ __forceinline__ void load_tokens(const Arguments& args, const Chunk& 
 
 // Takes a chunk forward to the first token of its last step.
 __device__ __forceinline__ void keep_states(const Arguments& args, const Tile& tile,
-                                            const Chunk& chunk, int steps, Shared& shared) {
+                                            const Chunk& chunk, const float* checkpoint,
+                                            int steps, Shared& shared) {
   for (int group = 0; group < GROUPS; ++group) {
     const int first_row = first_row_of(group);
     float state[ROWS][LANE_COLUMNS], carry[WIDTH<STEP>] = {};
-    tile.read(chunk.checkpoint + first_row * N, state);
+    tile.read(checkpoint + first_row * N, state);
     for (int step = 0; step < steps; ++step) {
-      tile.write_copy(state, chunk.before(step, first_row));
+      tile.write_copy(state, kept_rows(args, chunk.head_index, step, first_row));
       if (step == steps - 1) break;
       load_tokens<true>(args, chunk, step, false, carry, shared);
       for (int t = 0; t < STEP; ++t) {
         float (&token)[VECTORS][N] = shared.tokens[t];
-        find_products(args, tile, chunk.place(step * STEP + t), first_row, state, token);
+        find_products(args, tile, chunk.head_index * L + step * STEP + t, first_row, state,
+                      token);
         advance_state(tile, token, first_row, state);
       }
     }
@@ -97,17 +92,18 @@ __device__ __forceinline__ void run_step(const Arguments& args, const Tile& tile
       float (&token)[VECTORS][N] = shared.tokens[from];
       if (last && from == STEP / 2) tile.write_copy(state, kept);
       if (last && !known)
-        find_products(args, tile, chunk.place(step * STEP + from), first_row, state, token);
+        find_products(args, tile, chunk.head_index * L + step * STEP + from, first_row, state,
+                      token);
       if (from < t) advance_state(tile, token, first_row, state);
     }
-    if (t == STEP / 2) tile.start_copy(kept, chunk.before(step, first_row));
-    if (t == 0) {
-      const int next_group = (group + 1) % GROUPS, next_step = next_group > 0 ? step : step - 1;
-      if (next_step >= 0) tile.start_copy(kept, chunk.before(next_step, first_row_of(next_group)));
+    if (t % 2 == 0) {
+      const int next_group = t > 0 ? group : (group + 1) % GROUPS;
+      const int next_step = t > 0 || next_group > 0 ? step : step - 1;
+      if (next_step >= 0)
+        tile.start_copy(
+            kept, kept_rows(args, chunk.head_index, next_step, first_row_of(next_group)));
     }
-    const int64_t token = chunk.first + step * STEP + t;
-    take_back(args, tile, (token * args.H + chunk.head) * N, token < chunk.end, first_row, t,
-              group > 0, state, g, shared);
+    take_back(tile, first_row, t, group > 0, state, g, shared);
   }
 }
 
@@ -119,7 +115,9 @@ __device__ __forceinline__ void run_chunk(const Arguments& args, const Tile& til
   for (int step = steps - 1; step >= 0; --step) {
     const bool known = step < steps - 1;
     load_tokens<false>(args, chunk, step, known, carry, shared);
-    if (!known) tile.start_copy(shared.state[first_row_of(0)], chunk.before(step, first_row_of(0)));
+    if (!known)
+      tile.start_copy(shared.state[first_row_of(0)],
+                      kept_rows(args, chunk.head_index, step, first_row_of(0)));
     for (int group = 0; group < GROUPS; ++group) {
       float* waiting = waiting_rows(args, chunk.head_index, first_row_of(group));
       if constexpr (GROUPS > 1) tile.read_copy(waiting, g);
@@ -127,7 +125,7 @@ __device__ __forceinline__ void run_chunk(const Arguments& args, const Tile& til
       if constexpr (GROUPS > 1) tile.write_copy(g, waiting);
     }
     __syncthreads();  // every warp's part of the sums is there
-    store_gradients(args, chunk.first + step * STEP, chunk.end, chunk.head, shared);
+    store_gradients(args, chunk, step, shared);
   }
 }
 
@@ -152,17 +150,17 @@ __device__ __forceinline__ void walk_back(const Arguments& args, int64_t head_in
     if constexpr (GROUPS > 1) tile.write_copy(g, waiting_rows(args, head_index, first_row));
   }
 
-  Chunk chunk;
-  chunk.head_index = head_index, chunk.head = head_index % args.H, chunk.end = sequence.end;
-  chunk.states = static_cast<float*>(args.states) + head_index * (L / STEP) * N * N;
+  Chunk chunk = {head_index, 0, static_cast<int>(head_index % args.H), 0};
   const int64_t chunks = (sequence.end - sequence.begin + L - 1) / L;
   for (int64_t at = chunks - 1; at >= 0; --at) {
-    chunk.first = sequence.begin + at * L;
-    chunk.checkpoint = static_cast<const float*>(args.checkpoints) +
-                       ((sequence.first_checkpoint + at) * args.H + chunk.head) * N * N;
-    const int64_t count = min(sequence.end - chunk.first, static_cast<int64_t>(L));
-    const int steps = static_cast<int>(count + STEP - 1) / STEP;
-    keep_states(args, tile, chunk, steps, shared);
+    const int64_t first = sequence.begin + at * L;
+    const float* checkpoint =
+        static_cast<const float*>(args.checkpoints) +
+        ((sequence.first_checkpoint + at) * args.H + chunk.head) * N * N;
+    chunk.first = first * args.H + chunk.head;
+    chunk.count = static_cast<int>(min(sequence.end - first, static_cast<int64_t>(L)));
+    const int steps = (chunk.count + STEP - 1) / STEP;
+    keep_states(args, tile, chunk, checkpoint, steps, shared);
     run_chunk(args, tile, chunk, steps, carry, g, shared);
   }
 

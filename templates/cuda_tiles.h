@@ -9,6 +9,13 @@ constexpr int BLOCK_ROWS = WARPS * Tile::WARP_ROWS;
 constexpr int GROUPS = N / BLOCK_ROWS;
 static_assert(GROUPS * BLOCK_ROWS == N, "groups of rows make up a head");
 
+// A chunk of a head: its first token's row of B * T * H, from which the others' are H apart, and
+// how many they are.
+struct Chunk {
+  int64_t head_index, first;  // head_index: s * H + head
+  int head, count;
+};
+
 // How many channels of a token a thread reads at once; they are the same ones of every token.
 template <int TOKENS>
 constexpr int WIDTH = TOKENS * N / THREADS < 4 ? TOKENS * N / THREADS : 4;

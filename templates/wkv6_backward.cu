@@ -21,8 +21,8 @@ using namespace rwkv_jit;
 
 constexpr int STEP = {{step_tokens}};
 
-// UK is u * k. The first ones are what advance_state takes.
-enum Vector { K, V, D, AHEAD_VECTORS, R = AHEAD_VECTORS, UK, DY, SLOPE, VECTORS };
+// UK is u * k, and dv takes the place of dy. The first ones are what advance_state takes.
+enum Vector { K, V, D, AHEAD_VECTORS, R = AHEAD_VECTORS, UK, DY, SLOPE, VECTORS, DV = DY };
 enum Gradient { DR, DW, DK, GRADIENTS };  // those that are sums over rows
 
 struct Shared {
@@ -35,10 +35,10 @@ struct Shared {
 
 // Neighbouring values of each vector of a token; AHEAD: of what advance_state takes.
 template <bool AHEAD>
-__device__ __forceinline__ void load_token(const Arguments& args, int64_t t, int64_t head, int j,
+__device__ __forceinline__ void load_token(const Arguments& args, int64_t row, int64_t head, int j,
                                            float (&carry)[WIDTH<STEP>],
                                            float (&token)[VECTORS][WIDTH<STEP>]) {
-  const int64_t row = t * args.H + head, from = row * N + j;
+  const int64_t from = row * N + j;
   load_at<Element>(args.k, from, token[K]);
   load_at<Element>(args.v, from, token[V]);
   load_mixed<Element>(args.w, args.w_dtype, decay_row(row, head) * N + j, token[D]);
@@ -72,12 +72,11 @@ __device__ __forceinline__ void advance_state(const Tile& tile, const float (&to
 
 // Takes g = G_t to G_{t-1}, with the state before the token. The gradients that are sums over rows
 // are added up over rows of this warp, and over those that had their turn before with `add`.
-__device__ __forceinline__ void take_back(const Arguments& args, const Tile& tile, int64_t at,
-                                          bool inside, int first_row, int t, bool add,
+__device__ __forceinline__ void take_back(const Tile& tile, int first_row, int t, bool add,
                                           const float (&state)[ROWS][LANE_COLUMNS],
                                           float (&g)[ROWS][LANE_COLUMNS], Shared& shared) {
   const int warp = threadIdx.x / 32;
-  const float (&token)[VECTORS][N] = shared.tokens[t];
+  float (&token)[VECTORS][N] = shared.tokens[t];
   float (&sums)[GRADIENTS][N] = shared.sums[warp][t];
   float r[LANE_COLUMNS], x[LANE_COLUMNS], sum[LANE_COLUMNS], v[ROWS], dy[ROWS], dv[ROWS];
 
@@ -95,10 +94,9 @@ __device__ __forceinline__ void take_back(const Arguments& args, const Tile& til
     c = fmaf(v[i], dy[i], c);
   }
   tile.sum_rows(dv);
-  if (tile.has_rows() && inside) {
+  if (tile.has_rows()) {
 #pragma unroll
-    for (int i = 0; i < Tile::PAIR; ++i)
-      store_at<Element>(args.dv, at + first_row + tile.row(i), dv[i]);
+    for (int i = 0; i < Tile::PAIR; ++i) token[DV][first_row + tile.row(i)] = dv[i];
   }
   c = tile.sum_of_rows(c);
   if (threadIdx.x % 32 == 0) shared.c[t][warp] = add ? shared.c[t][warp] + c : c;
@@ -119,8 +117,8 @@ __device__ __forceinline__ void take_back(const Arguments& args, const Tile& til
 
 // Adds up the warps' parts, writes the gradients of a step's tokens and adds to the sums over
 // tokens.
-__device__ __forceinline__ void store_gradients(const Arguments& args, int64_t first, int64_t end,
-                                                int64_t head, Shared& shared) {
+__device__ __forceinline__ void store_gradients(const Arguments& args, const Chunk& chunk,
+                                                int step, Shared& shared) {
   const auto c_of = [&](int t) {
     float sum = 0;
 #pragma unroll
@@ -128,9 +126,9 @@ __device__ __forceinline__ void store_gradients(const Arguments& args, int64_t f
     return sum;
   };
   for_my_channels<STEP>([&](int, int t, int j) {
-    if (first + t >= end) return;
+    if (step * STEP + t >= chunk.count) return;
     const float (&token)[VECTORS][N] = shared.tokens[t];
-    const int64_t to = ((first + t) * args.H + head) * N + j;
+    const int64_t to = (chunk.first + (step * STEP + t) * args.H) * N + j;
     const float c = c_of(t);
     float sum[WIDTH<STEP>], x[WIDTH<STEP>], u[WIDTH<STEP>];
     sum_warps(shared.sums, t, DR, j, sum);
@@ -140,10 +138,12 @@ __device__ __forceinline__ void store_gradients(const Arguments& args, int64_t f
     store_at<Element>(args.dr, to, sum);
     sum_warps(shared.sums, t, DK, j, sum);
     load_at<float>(token[R], j, x);
-    load_mixed<Element>(args.u, args.u_dtype, head * N + j, u);
+    load_mixed<Element>(args.u, args.u_dtype, chunk.head * N + j, u);
 #pragma unroll
     for (int i = 0; i < WIDTH<STEP>; ++i) sum[i] = fmaf(c, u[i] * x[i], sum[i]);
     store_at<Element>(args.dk, to, sum);
+    load_at<float>(token[DV], j, x);
+    store_at<Element>(args.dv, to, x);
     if constexpr (DECAY_PER_TOKEN) {
       sum_warps(shared.sums, t, DW, j, sum);
       load_at<float>(token[SLOPE], j, x);
@@ -154,7 +154,7 @@ __device__ __forceinline__ void store_gradients(const Arguments& args, int64_t f
   });
   for (int j = threadIdx.x; j < N; j += THREADS)
     for (int t = STEP - 1; t >= 0; --t) {
-      if (first + t >= end) continue;
+      if (step * STEP + t >= chunk.count) continue;
       add_long(c_of(t) * shared.tokens[t][R][j] * shared.tokens[t][K][j], shared.du[j],
                shared.du_rest[j]);
       if constexpr (!DECAY_PER_TOKEN) {

@@ -18,8 +18,8 @@ using namespace rwkv_jit;
 
 constexpr int STEP = {{step_tokens}};
 
-// SA is S_{t-1} a. The first ones are what advance_state takes.
-enum Vector { K, V, A, B, D, AHEAD_VECTORS, R = AHEAD_VECTORS, DY, SLOPE, SA, VECTORS };
+// SA is S_{t-1} a, and dv takes the place of dy. The first ones are what advance_state takes.
+enum Vector { K, V, A, B, D, AHEAD_VECTORS, R = AHEAD_VECTORS, DY, SLOPE, SA, VECTORS, DV = DY };
 enum Gradient { DR, DW, DK, DA, DB, GRADIENTS };  // those that are sums over rows
 
 struct Shared {
@@ -30,10 +30,10 @@ struct Shared {
 
 // Neighbouring values of each vector of a token but SA; AHEAD: of what advance_state takes.
 template <bool AHEAD>
-__device__ __forceinline__ void load_token(const Arguments& args, int64_t t, int64_t head, int j,
+__device__ __forceinline__ void load_token(const Arguments& args, int64_t row, int64_t head, int j,
                                            float (&carry)[WIDTH<STEP>],
                                            float (&token)[VECTORS][WIDTH<STEP>]) {
-  const int64_t from = (t * args.H + head) * N + j;
+  const int64_t from = row * N + j;
   load_at<Element>(args.k, from, token[K]);
   load_at<Element>(args.v, from, token[V]);
   load_at<Element>(args.a, from, token[A]);
@@ -88,13 +88,12 @@ __device__ __forceinline__ void advance_state(const Tile& tile, const float (&to
 
 // Takes g = G_t to G_{t-1}, with the state before the token. The gradients that are sums over rows
 // are added up over rows of this warp, and over those that had their turn before with `add`.
-__device__ __forceinline__ void take_back(const Arguments& args, const Tile& tile, int64_t at,
-                                          bool inside, int first_row, int t, bool add,
+__device__ __forceinline__ void take_back(const Tile& tile, int first_row, int t, bool add,
                                           const float (&state)[ROWS][LANE_COLUMNS],
                                           float (&g)[ROWS][LANE_COLUMNS], Shared& shared) {
-  const float (&token)[VECTORS][N] = shared.tokens[t];
+  float (&token)[VECTORS][N] = shared.tokens[t];
   float (&sums)[GRADIENTS][N] = shared.sums[threadIdx.x / 32][t];
-  float x[LANE_COLUMNS], sum[LANE_COLUMNS], dy[ROWS], v[ROWS], sa[ROWS], dv[ROWS], dsa[ROWS];
+  float x[LANE_COLUMNS], d[LANE_COLUMNS], sum[LANE_COLUMNS], dy[ROWS], v[ROWS], sa[ROWS];
 
   tile.read(token[R], x);
   tile.read_rows(token[DY] + first_row, dy);
@@ -102,26 +101,20 @@ __device__ __forceinline__ void take_back(const Arguments& args, const Tile& til
   for (int i = 0; i < ROWS; ++i)
 #pragma unroll
     for (int j = 0; j < LANE_COLUMNS; ++j) g[i][j] = fmaf(dy[i], x[j], g[i][j]);
-  float b[LANE_COLUMNS], k[LANE_COLUMNS], d[LANE_COLUMNS];
+  float b[LANE_COLUMNS], dsa[ROWS], dv[ROWS];
   tile.read(token[B], b);
   lane_times(g, b, dsa);
   tile.sum_rows(dsa);
-  tile.read(token[K], k);
-  lane_times(g, k, dv);
-  tile.share_rows(dsa);
+  tile.read(token[K], x);
+  lane_times(g, x, dv);
   tile.sum_rows(dv);
-  if (tile.has_rows() && inside) {
+  if (tile.has_rows()) {
 #pragma unroll
-    for (int i = 0; i < Tile::PAIR; ++i)
-      store_at<Element>(args.dv, at + first_row + tile.row(i), dv[i]);
+    for (int i = 0; i < Tile::PAIR; ++i) token[DV][first_row + tile.row(i)] = dv[i];
   }
 
   tile.read_rows(token[V] + first_row, v);
   tile.read_rows(token[SA] + first_row, sa);
-  times_lane(v, g, sum);
-  tile.sum_columns(sum, sums[DK], add);
-  times_lane(sa, g, sum);
-  tile.sum_columns(sum, sums[DB], add);
   float sa_dy = 0, v_dy = 0;
 #pragma unroll
   for (int i = 0; i < ROWS; ++i) {
@@ -132,10 +125,15 @@ __device__ __forceinline__ void take_back(const Arguments& args, const Tile& til
   times_lane(dy, state, sum);
 #pragma unroll
   for (int j = 0; j < LANE_COLUMNS; ++j)
-    sum[j] = fmaf(sum[j], d[j], fmaf(sa_dy, b[j], v_dy * k[j]));
+    sum[j] = fmaf(sum[j], d[j], fmaf(sa_dy, b[j], v_dy * x[j]));
   tile.sum_columns(sum, sums[DR], add);
+  times_lane(v, g, sum);
+  tile.sum_columns(sum, sums[DK], add);
+  times_lane(sa, g, sum);
+  tile.sum_columns(sum, sums[DB], add);
   sum_products(g, state, sum);
   tile.sum_columns(sum, sums[DW], add);
+  tile.share_rows(dsa);
   times_lane(dsa, state, sum);
   tile.sum_columns(sum, sums[DA], add);
 
@@ -147,11 +145,11 @@ __device__ __forceinline__ void take_back(const Arguments& args, const Tile& til
 }
 
 // Adds up the warps' parts and writes the gradients of a step's tokens.
-__device__ __forceinline__ void store_gradients(const Arguments& args, int64_t first, int64_t end,
-                                                int64_t head, const Shared& shared) {
+__device__ __forceinline__ void store_gradients(const Arguments& args, const Chunk& chunk,
+                                                int step, const Shared& shared) {
   for_my_channels<STEP>([&](int, int t, int j) {
-    if (first + t >= end) return;
-    const int64_t to = ((first + t) * args.H + head) * N + j;
+    if (step * STEP + t >= chunk.count) return;
+    const int64_t to = (chunk.first + (step * STEP + t) * args.H) * N + j;
     float sum[WIDTH<STEP>], slope[WIDTH<STEP>];
     sum_warps(shared.sums, t, DR, j, sum);
     store_at<Element>(args.dr, to, sum);
@@ -166,6 +164,8 @@ __device__ __forceinline__ void store_gradients(const Arguments& args, int64_t f
 #pragma unroll
     for (int i = 0; i < WIDTH<STEP>; ++i) sum[i] *= slope[i];
     store_mixed<Element>(args.dw, args.dw_dtype, to, sum);
+    load_at<float>(shared.tokens[t][DV], j, sum);
+    store_at<Element>(args.dv, to, sum);
   });
 }
 
