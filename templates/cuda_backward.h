@@ -56,12 +56,13 @@ __device__ __forceinline__ void load_tokens(const Arguments& args, const Chunk& 
 
 // Takes a chunk forward to the first token of its last step.
 __device__ __forceinline__ void keep_states(const Arguments& args, const Tile& tile,
-                                            const Chunk& chunk, const float* checkpoint,
-                                            int steps, Shared& shared) {
+                                            const Chunk& chunk, int64_t checkpoint, int steps,
+                                            Shared& shared) {
   for (int group = 0; group < GROUPS; ++group) {
     const int first_row = first_row_of(group);
     float state[ROWS][LANE_COLUMNS], carry[WIDTH<STEP>] = {};
-    tile.read(checkpoint + first_row * N, state);
+    tile.read(static_cast<const float*>(args.checkpoints) + (checkpoint * N + first_row) * N,
+              state);
     for (int step = 0; step < steps; ++step) {
       tile.write_copy(state, kept_rows(args, chunk.head_index, step, first_row));
       if (step == steps - 1) break;
@@ -150,18 +151,18 @@ __device__ __forceinline__ void walk_back(const Arguments& args, int64_t head_in
     if constexpr (GROUPS > 1) tile.write_copy(g, waiting_rows(args, head_index, first_row));
   }
 
-  Chunk chunk = {head_index, 0, static_cast<int>(head_index % args.H), 0};
-  const int64_t chunks = (sequence.end - sequence.begin + L - 1) / L;
-  for (int64_t at = chunks - 1; at >= 0; --at) {
-    const int64_t first = sequence.begin + at * L;
-    const float* checkpoint =
-        static_cast<const float*>(args.checkpoints) +
-        ((sequence.first_checkpoint + at) * args.H + chunk.head) * N * N;
-    chunk.first = first * args.H + chunk.head;
-    chunk.count = static_cast<int>(min(sequence.end - first, static_cast<int64_t>(L)));
+  const int head = static_cast<int>(head_index % args.H);
+  const int64_t first = sequence.begin * args.H + head;
+  const int64_t first_checkpoint = sequence.first_checkpoint * args.H + head;
+  const int64_t tokens = sequence.end - sequence.begin;
+  const int chunks = static_cast<int>((tokens + L - 1) / L);
+  Chunk chunk = {head_index, 0, head, static_cast<int>(tokens - (chunks - 1) * int64_t{L})};
+  for (int at = chunks - 1; at >= 0; --at) {
+    chunk.first = first + at * args.H * L;
     const int steps = (chunk.count + STEP - 1) / STEP;
-    keep_states(args, tile, chunk, checkpoint, steps, shared);
+    keep_states(args, tile, chunk, first_checkpoint + at * args.H, steps, shared);
     run_chunk(args, tile, chunk, steps, carry, g, shared);
+    chunk.count = L;
   }
 
   if (args.dinitial_state == nullptr) return;

@@ -2,7 +2,7 @@
 //   G_t = dL/dS_t,   c_t = dy_t . v_t,   G_{t-1} = G_t diag(d_t) + dy_t r_t^T
 //   dr = S_{t-1}^T dy + c u * k   dk = G^T v + c u * r   dv = G k + ((u * k) . r) dy
 //   du = sum over tokens of c r * k   dd = sum over rows of G_t S_{t-1}, element by element
-// Sums over tokens: by the thread of a channel, and over sequences, in their order, by a second
+// Sums over tokens: by the threads of a channel, and over sequences, in their order, by a second
 // kernel.
 #include <cuda_runtime.h>
 
@@ -25,13 +25,31 @@ constexpr int STEP = {{step_tokens}};
 enum Vector { K, V, D, AHEAD_VECTORS, R = AHEAD_VECTORS, UK, DY, SLOPE, VECTORS, DV = DY };
 enum Gradient { DR, DW, DK, GRADIENTS };  // those that are sums over rows
 
+constexpr int PARTS = THREADS * WIDTH<STEP> / N;  // threads that read a channel
+
+// A sum over tokens: each thread's part, and what rounding takes from it.
+struct Total {
+  float sum[PARTS][N], rest[PARTS][N];
+};
+
 struct Shared {
   float tokens[STEP][VECTORS][N];
-  float sums[WARPS][STEP][GRADIENTS][N];       // each warp's part
-  float state[BLOCK_ROWS][N];                  // before a step, or in its middle
-  float c[STEP][WARPS];                        // each warp's part of c
-  float du[N], du_rest[N], dw[N], dw_rest[N];  // over tokens; dw where the decay is one for all
+  float sums[WARPS][STEP][GRADIENTS][N];  // each warp's part
+  float state[BLOCK_ROWS][N];             // before a step, or in its middle
+  float c[STEP][WARPS];                   // each warp's part of c
+  Total du, dw;                           // dw where the decay is one for all
 };
+
+__device__ __forceinline__ void add_to(Total& total, const float (&terms)[WIDTH<STEP>]) {
+  const int at = threadIdx.x * WIDTH<STEP>;
+  float sum[WIDTH<STEP>], rest[WIDTH<STEP>];
+  load_at<float>(total.sum, at, sum);
+  load_at<float>(total.rest, at, rest);
+#pragma unroll
+  for (int i = 0; i < WIDTH<STEP>; ++i) add_long(terms[i], sum[i], rest[i]);
+  store_at<float>(total.sum, at, sum);
+  store_at<float>(total.rest, at, rest);
+}
 
 // Neighbouring values of each vector of a token; AHEAD: of what advance_state takes.
 template <bool AHEAD>
@@ -119,18 +137,13 @@ __device__ __forceinline__ void take_back(const Tile& tile, int first_row, int t
 // tokens.
 __device__ __forceinline__ void store_gradients(const Arguments& args, const Chunk& chunk,
                                                 int step, Shared& shared) {
-  const auto c_of = [&](int t) {
-    float sum = 0;
-#pragma unroll
-    for (int warp = 0; warp < WARPS; ++warp) sum += shared.c[t][warp];
-    return sum;
-  };
   for_my_channels<STEP>([&](int, int t, int j) {
     if (step * STEP + t >= chunk.count) return;
     const float (&token)[VECTORS][N] = shared.tokens[t];
     const int64_t to = (chunk.first + (step * STEP + t) * args.H) * N + j;
-    const float c = c_of(t);
-    float sum[WIDTH<STEP>], x[WIDTH<STEP>], u[WIDTH<STEP>];
+    float c = 0, sum[WIDTH<STEP>], x[WIDTH<STEP>], u[WIDTH<STEP>];
+#pragma unroll
+    for (int warp = 0; warp < WARPS; ++warp) c += shared.c[t][warp];
     sum_warps(shared.sums, t, DR, j, sum);
     load_at<float>(token[UK], j, x);
 #pragma unroll
@@ -142,27 +155,22 @@ __device__ __forceinline__ void store_gradients(const Arguments& args, const Chu
 #pragma unroll
     for (int i = 0; i < WIDTH<STEP>; ++i) sum[i] = fmaf(c, u[i] * x[i], sum[i]);
     store_at<Element>(args.dk, to, sum);
+    load_at<float>(token[K], j, u);
+#pragma unroll
+    for (int i = 0; i < WIDTH<STEP>; ++i) u[i] *= c * x[i];
+    add_to(shared.du, u);
     load_at<float>(token[DV], j, x);
     store_at<Element>(args.dv, to, x);
-    if constexpr (DECAY_PER_TOKEN) {
-      sum_warps(shared.sums, t, DW, j, sum);
-      load_at<float>(token[SLOPE], j, x);
+    sum_warps(shared.sums, t, DW, j, sum);
+    load_at<float>(token[SLOPE], j, x);
 #pragma unroll
-      for (int i = 0; i < WIDTH<STEP>; ++i) sum[i] *= x[i];
+    for (int i = 0; i < WIDTH<STEP>; ++i) sum[i] *= x[i];
+    if constexpr (DECAY_PER_TOKEN) {
       store_mixed<Element>(args.dw, args.dw_dtype, to, sum);
+    } else {
+      add_to(shared.dw, sum);
     }
   });
-  for (int j = threadIdx.x; j < N; j += THREADS)
-    for (int t = STEP - 1; t >= 0; --t) {
-      if (step * STEP + t >= chunk.count) continue;
-      add_long(c_of(t) * shared.tokens[t][R][j] * shared.tokens[t][K][j], shared.du[j],
-               shared.du_rest[j]);
-      if constexpr (!DECAY_PER_TOKEN) {
-        float sum[1];
-        sum_warps(shared.sums, t, DW, j, sum);
-        add_long(sum[0], shared.dw[j], shared.dw_rest[j]);
-      }
-    }
 }
 
 }  // namespace
@@ -171,27 +179,31 @@ __device__ __forceinline__ void store_gradients(const Arguments& args, const Chu
 
 namespace {
 
-// A head's parts of what is summed over all sequences. A channel's thread is the same everywhere.
-template <typename Args>
-__device__ __forceinline__ void store_parts(const Args& args, int64_t head_index,
-                                            const Shared& shared) {
+// A head's part of what is summed over all sequences.
+__device__ __forceinline__ void store_total(const Total& total, void* parts, int64_t head_index) {
   for (int j = threadIdx.x; j < N; j += THREADS) {
-    const int64_t to = head_index * N + j;
-    static_cast<float*>(args.du_parts)[to] = shared.du[j];
-    if constexpr (!DECAY_PER_TOKEN) {
-      const float w = load_mixed<Element>(args.w, args.w_dtype, head_index % args.H * N + j);
-      static_cast<float*>(args.dw_parts)[to] = shared.dw[j] * decay_of<DECAY>(w).slope;
-    }
+    float sum = 0;
+#pragma unroll
+    for (int part = 0; part < PARTS; ++part) sum += total.sum[part][j];
+    static_cast<float*>(parts)[head_index * N + j] = sum;
   }
+}
+
+template <typename Args>
+__device__ __forceinline__ void store_totals(const Args& args, const Shared& shared) {
+  __syncthreads();  // every thread's part is there
+  store_total(shared.du, args.du_parts, blockIdx.x);
+  if constexpr (!DECAY_PER_TOKEN) store_total(shared.dw, args.dw_parts, blockIdx.x);
 }
 
 __global__ void __launch_bounds__(THREADS, BLOCKS) backward_kernel(const Arguments args) {
   extern __shared__ __align__(16) char shared_bytes[];
   Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
-  for (int j = threadIdx.x; j < N; j += THREADS)
-    shared.du[j] = shared.du_rest[j] = shared.dw[j] = shared.dw_rest[j] = 0.0f;
+  for (int at = threadIdx.x; at < PARTS * N; at += THREADS)
+    (&shared.du.sum[0][0])[at] = (&shared.du.rest[0][0])[at] = (&shared.dw.sum[0][0])[at] =
+        (&shared.dw.rest[0][0])[at] = 0.0f;
   walk_back(args, blockIdx.x, shared);
-  store_parts(args, blockIdx.x, shared);
+  store_totals(args, shared);
 }
 
 // One value of a sum [H, N] of parts [S, H, N].

@@ -17,7 +17,7 @@ CHUNK_LENGTHS = (16, 32, 64)
 _FORWARD_TILES = {
     16: {"warps": 1, "rows_per_lane": 1, "stage_tokens": 16},
     32: {"warps": 2, "rows_per_lane": 2, "stage_tokens": 16},
-    64: {"warps": 4, "rows_per_lane": 4, "stage_tokens": 16},
+    64: {"warps": 4, "rows_per_lane": 4, "blocks": 4},
     128: {"warps": 8, "rows_per_lane": 4, "stage_tokens": 8},
     256: {"warps": 8, "rows_per_lane": 4, "stage_tokens": 4},
 }
