@@ -54,6 +54,16 @@ __device__ __forceinline__ void load_tokens(const Arguments& args, const Chunk& 
   __syncthreads();
 }
 
+// Asks the second-level cache for a chunk of L tokens, by its first token's row and checkpoint.
+__device__ __forceinline__ void prefetch_chunk(const Arguments& args, int64_t first,
+                                               int64_t checkpoint) {
+  const float* state = static_cast<const float*>(args.checkpoints) + checkpoint * N * N;
+  for (int at = threadIdx.x * 32; at < N * N; at += THREADS * 32) prefetch(state + at);
+  constexpr int LINE = 128 / sizeof(Element) < N ? 128 / sizeof(Element) : N;
+  for (int at = threadIdx.x * LINE; at < L * N; at += THREADS * LINE)
+    prefetch_token<LINE>(args, (first + at / N * args.H) * N + at % N);
+}
+
 // Takes a chunk forward to the first token of its last step.
 __device__ __forceinline__ void keep_states(const Arguments& args, const Tile& tile,
                                             const Chunk& chunk, int64_t checkpoint, int steps,
@@ -67,6 +77,7 @@ __device__ __forceinline__ void keep_states(const Arguments& args, const Tile& t
       tile.write_copy(state, kept_rows(args, chunk.head_index, step, first_row));
       if (step == steps - 1) break;
       load_tokens<true>(args, chunk, step, false, carry, shared);
+#pragma unroll 1  // the loops of a chunk just fit into the instruction cache
       for (int t = 0; t < STEP; ++t) {
         float (&token)[VECTORS][N] = shared.tokens[t];
         find_products(args, tile, chunk.head_index * L + step * STEP + t, first_row, state,
@@ -159,8 +170,10 @@ __device__ __forceinline__ void walk_back(const Arguments& args, int64_t head_in
   Chunk chunk = {head_index, 0, head, static_cast<int>(tokens - (chunks - 1) * int64_t{L})};
   for (int at = chunks - 1; at >= 0; --at) {
     chunk.first = first + at * args.H * L;
+    const int64_t checkpoint = first_checkpoint + at * args.H;
     const int steps = (chunk.count + STEP - 1) / STEP;
-    keep_states(args, tile, chunk, first_checkpoint + at * args.H, steps, shared);
+    keep_states(args, tile, chunk, checkpoint, steps, shared);
+    if (at > 0) prefetch_chunk(args, chunk.first - args.H * L, checkpoint - args.H);
     run_chunk(args, tile, chunk, steps, carry, g, shared);
     chunk.count = L;
   }

@@ -74,6 +74,16 @@ __device__ __forceinline__ void load_token(const Arguments& args, int64_t row, i
   }
 }
 
+// Asks for the line of COUNT values of each vector of a token.
+template <int COUNT>
+__device__ __forceinline__ void prefetch_token(const Arguments& args, int64_t value) {
+  prefetch(static_cast<const Element*>(args.r) + value);
+  prefetch(static_cast<const Element*>(args.k) + value);
+  prefetch(static_cast<const Element*>(args.v) + value);
+  prefetch(static_cast<const Element*>(args.dy) + value);
+  if constexpr (DECAY_PER_TOKEN) prefetch_mixed<Element, COUNT>(args.w, args.w_dtype, value);
+}
+
 // The state is advanced by the token's vectors alone.
 __device__ __forceinline__ void load_products(const Arguments&, int64_t, int,
                                               float (&)[VECTORS][WIDTH<STEP>]) {}
