@@ -21,12 +21,15 @@ __device__ __forceinline__ float* waiting_rows(const Args& args, int64_t head_in
   }
 }
 
-// The states of a head that are kept: a warp's rows before a step.
+// A warp's rows of the states that are kept of a chunk: the checkpoint and those before its other
+// steps.
 template <typename Args>
-__device__ __forceinline__ float* kept_rows(const Args& args, int64_t head_index, int step,
+__device__ __forceinline__ float* kept_rows(const Args& args, const Chunk& chunk, int step,
                                             int first_row) {
-  return static_cast<float*>(args.states) +
-         ((head_index * (L / STEP) + step) * N + first_row) * N;
+  float* states = step == 0 ? static_cast<float*>(args.checkpoints) + chunk.checkpoint * N * N
+                            : static_cast<float*>(args.states) +
+                                  (chunk.head_index * (L / STEP) + step) * N * N;
+  return states + first_row * N;
 }
 
 // Reads, converts and gates a step of tokens; those past the end change nothing.
@@ -54,36 +57,36 @@ __device__ __forceinline__ void load_tokens(const Arguments& args, const Chunk& 
   __syncthreads();
 }
 
-// Asks the second-level cache for a chunk of L tokens, by its first token's row and checkpoint.
-__device__ __forceinline__ void prefetch_chunk(const Arguments& args, int64_t first,
-                                               int64_t checkpoint) {
-  const float* state = static_cast<const float*>(args.checkpoints) + checkpoint * N * N;
-  for (int at = threadIdx.x * 32; at < N * N; at += THREADS * 32) prefetch(state + at);
+// Asks the second-level cache for a step of the chunk before this one, and a part of its state.
+__device__ __forceinline__ void prefetch_step(const Arguments& args, const Chunk& chunk, int step) {
+  constexpr int PART = N * N * STEP / L;
+  const float* state = static_cast<const float*>(args.checkpoints) +
+                       (chunk.checkpoint - args.H) * N * N + step * PART;
+  for (int at = threadIdx.x * 32; at < PART; at += THREADS * 32) prefetch(state + at);
   constexpr int LINE = 128 / sizeof(Element) < N ? 128 / sizeof(Element) : N;
-  for (int at = threadIdx.x * LINE; at < L * N; at += THREADS * LINE)
+  const int64_t first = chunk.first + (step * STEP - L) * args.H;
+  for (int at = threadIdx.x * LINE; at < STEP * N; at += THREADS * LINE)
     prefetch_token<LINE>(args, (first + at / N * args.H) * N + at % N);
 }
 
 // Takes a chunk forward to the first token of its last step.
 __device__ __forceinline__ void keep_states(const Arguments& args, const Tile& tile,
-                                            const Chunk& chunk, int64_t checkpoint, int steps,
-                                            Shared& shared) {
+                                            const Chunk& chunk, int steps, Shared& shared) {
+  if (steps == 1) return;
   for (int group = 0; group < GROUPS; ++group) {
     const int first_row = first_row_of(group);
     float state[ROWS][LANE_COLUMNS], carry[WIDTH<STEP>] = {};
-    tile.read(static_cast<const float*>(args.checkpoints) + (checkpoint * N + first_row) * N,
-              state);
-    for (int step = 0; step < steps; ++step) {
-      tile.write_copy(state, kept_rows(args, chunk.head_index, step, first_row));
-      if (step == steps - 1) break;
+    tile.read_copy(kept_rows(args, chunk, 0, first_row), state);
+    for (int step = 0; step < steps - 1; ++step) {
       load_tokens<true>(args, chunk, step, false, carry, shared);
-#pragma unroll 1  // the loops of a chunk just fit into the instruction cache
+#pragma unroll 1
       for (int t = 0; t < STEP; ++t) {
         float (&token)[VECTORS][N] = shared.tokens[t];
         find_products(args, tile, chunk.head_index * L + step * STEP + t, first_row, state,
                       token);
         advance_state(tile, token, first_row, state);
       }
+      tile.write_copy(state, kept_rows(args, chunk, step + 1, first_row));
     }
   }
 }
@@ -112,8 +115,7 @@ __device__ __forceinline__ void run_step(const Arguments& args, const Tile& tile
       const int next_group = t > 0 ? group : (group + 1) % GROUPS;
       const int next_step = t > 0 || next_group > 0 ? step : step - 1;
       if (next_step >= 0)
-        tile.start_copy(
-            kept, kept_rows(args, chunk.head_index, next_step, first_row_of(next_group)));
+        tile.start_copy(kept, kept_rows(args, chunk, next_step, first_row_of(next_group)));
     }
     take_back(tile, first_row, t, group > 0, state, g, shared);
   }
@@ -121,15 +123,15 @@ __device__ __forceinline__ void run_step(const Arguments& args, const Tile& tile
 
 // Takes a chunk back, once its states are kept.
 __device__ __forceinline__ void run_chunk(const Arguments& args, const Tile& tile,
-                                          const Chunk& chunk, int steps,
+                                          const Chunk& chunk, int steps, bool more,
                                           float (&carry)[WIDTH<STEP>],
                                           float (&g)[ROWS][LANE_COLUMNS], Shared& shared) {
   for (int step = steps - 1; step >= 0; --step) {
     const bool known = step < steps - 1;
+    if (more) prefetch_step(args, chunk, step);
     load_tokens<false>(args, chunk, step, known, carry, shared);
     if (!known)
-      tile.start_copy(shared.state[first_row_of(0)],
-                      kept_rows(args, chunk.head_index, step, first_row_of(0)));
+      tile.start_copy(shared.state[first_row_of(0)], kept_rows(args, chunk, step, first_row_of(0)));
     for (int group = 0; group < GROUPS; ++group) {
       float* waiting = waiting_rows(args, chunk.head_index, first_row_of(group));
       if constexpr (GROUPS > 1) tile.read_copy(waiting, g);
@@ -167,14 +169,13 @@ __device__ __forceinline__ void walk_back(const Arguments& args, int64_t head_in
   const int64_t first_checkpoint = sequence.first_checkpoint * args.H + head;
   const int64_t tokens = sequence.end - sequence.begin;
   const int chunks = static_cast<int>((tokens + L - 1) / L);
-  Chunk chunk = {head_index, 0, head, static_cast<int>(tokens - (chunks - 1) * int64_t{L})};
+  Chunk chunk = {head_index, 0, 0, head, static_cast<int>(tokens - (chunks - 1) * int64_t{L})};
   for (int at = chunks - 1; at >= 0; --at) {
     chunk.first = first + at * args.H * L;
-    const int64_t checkpoint = first_checkpoint + at * args.H;
+    chunk.checkpoint = first_checkpoint + at * args.H;
     const int steps = (chunk.count + STEP - 1) / STEP;
-    keep_states(args, tile, chunk, checkpoint, steps, shared);
-    if (at > 0) prefetch_chunk(args, chunk.first - args.H * L, checkpoint - args.H);
-    run_chunk(args, tile, chunk, steps, carry, g, shared);
+    keep_states(args, tile, chunk, steps, shared);
+    run_chunk(args, tile, chunk, steps, at > 0, carry, g, shared);
     chunk.count = L;
   }
 

@@ -11,7 +11,7 @@ __device__ __forceinline__ void store_checkpoint(const Arguments& args, const Ti
                                                  const float (&state)[ROWS][LANE_COLUMNS]) {
   if (args.checkpoints == nullptr) return;
   float* to = static_cast<float*>(args.checkpoints) + (place * args.H + head) * N * N;
-  tile.write(state, to + first_row * N);
+  tile.write_copy(state, to + first_row * N);
 }
 
 __global__ void __launch_bounds__(THREADS) forward_kernel(const Arguments args) {

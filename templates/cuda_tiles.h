@@ -9,10 +9,10 @@ constexpr int BLOCK_ROWS = WARPS * Tile::WARP_ROWS;
 constexpr int GROUPS = N / BLOCK_ROWS;
 static_assert(GROUPS * BLOCK_ROWS == N, "groups of rows make up a head");
 
-// A chunk of a head: its first token's row of B * T * H, from which the others' are H apart, and
-// how many they are.
+// A chunk of a head: its first token's row of B * T * H, from which the others' are H apart, how
+// many they are, and the place of the state before them.
 struct Chunk {
-  int64_t head_index, first;  // head_index: s * H + head
+  int64_t head_index, first, checkpoint;  // head_index: s * H + head
   int head, count;
 };
 

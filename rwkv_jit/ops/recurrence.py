@@ -17,14 +17,14 @@ CHUNK_LENGTHS = (16, 32, 64)
 _FORWARD_TILES = {
     16: {"warps": 1, "rows_per_lane": 1, "stage_tokens": 16},
     32: {"warps": 2, "rows_per_lane": 2, "stage_tokens": 16},
-    64: {"warps": 4, "rows_per_lane": 4, "blocks": 4},
-    128: {"warps": 8, "rows_per_lane": 4, "stage_tokens": 8},
-    256: {"warps": 8, "rows_per_lane": 4, "stage_tokens": 4},
+    64: {"warps": 4, "rows_per_lane": 4, "stage_tokens": 16},
+    128: {"warps": 4, "rows_per_lane": 8, "stage_tokens": 8},
+    256: {"warps": 8, "rows_per_lane": 8, "stage_tokens": 4},
 }
 _STEP_TOKENS = 4
 _BACKWARD_TILES = {
     16: {"warps": 1, "rows_per_lane": 1, "blocks": 4},
-    32: {"warps": 1, "rows_per_lane": 4, "blocks": 4},
+    32: {"warps": 2, "rows_per_lane": 2, "blocks": 4},
     64: {"warps": 4, "rows_per_lane": 4, "blocks": 4},
     128: {"warps": 4, "rows_per_lane": 8, "blocks": 2},
     256: {"warps": 2, "rows_per_lane": 8, "blocks": 2},

@@ -1,8 +1,9 @@
 #pragma once
 // How a warp's lanes share rows of the state S [value, key]: COLUMN_LANES lanes side by side hold
 // the same ROWS rows, each eight keys of them in two groups of four; lanes one above the other hold
-// other rows. Lanes hold their rows and groups in different orders: where a sum over lanes is made
-// by halves, what a lane gives away is then always its upper half.
+// other rows. Lanes side by side hold their rows in different orders: where a sum over them is made
+// by halves, what a lane gives away is then always its upper half. (The same for columns has lanes
+// read both groups at once, and that costs more than the choice between halves does.)
 #include "rwkv_jit/cuda/copy.cuh"
 
 namespace rwkv_jit {
@@ -22,13 +23,12 @@ struct Tile {
   static_assert(COLUMN_LANES * ROW_LANES == 32, "N is a power of two from 16 to 256");
   static_assert(ROWS / PAIR <= COLUMN_LANES, "each pair of rows has a lane of its own");
 
-  int column_lane, row_lane, row_order, column_order;
+  int column_lane, row_lane, row_order;
 
   __device__ __forceinline__ Tile()
       : column_lane(threadIdx.x % COLUMN_LANES),
         row_lane(threadIdx.x % 32 / COLUMN_LANES),
-        row_order(0),
-        column_order((row_lane & (ROW_LANES / 2)) != 0 ? N / 2 : 0) {
+        row_order(0) {
 #pragma unroll
     for (int width = ROWS / 2, step = 1; width >= PAIR; width /= 2, step *= 2)
       row_order += (column_lane & step) != 0 ? width : 0;
@@ -37,7 +37,7 @@ struct Tile {
   // The warp's row that this lane holds in place `at`, and the key.
   __device__ __forceinline__ int row(int at) const { return row_lane * ROWS + (at ^ row_order); }
   __device__ __forceinline__ int column(int at) const {
-    return (at / 4 * (N / 2) ^ column_order) + column_lane * 4 + at % 4;
+    return at / 4 * (N / 2) + column_lane * 4 + at % 4;
   }
 
   // This lane's eight values of a row of N floats; 16-byte accesses, free of bank conflicts.
@@ -48,19 +48,7 @@ struct Tile {
     write_fours(values, row + column(0), row + column(4));
   }
 
-  // This lane's part of the warp's rows of a matrix [., N].
-  __device__ __forceinline__ void read(const float* rows,
-                                       float (&values)[ROWS][LANE_COLUMNS]) const {
-#pragma unroll
-    for (int i = 0; i < ROWS; ++i) read(rows + row(i) * N, values[i]);
-  }
-  __device__ __forceinline__ void write(const float (&values)[ROWS][LANE_COLUMNS],
-                                        float* rows) const {
-#pragma unroll
-    for (int i = 0; i < ROWS; ++i) write(values[i], rows + row(i) * N);
-  }
-
-  // The same of a copy of the warp's part, which lies as the lanes hold it.
+  // This lane's part of a copy of the warp's rows, which lies as the lanes hold it.
   __device__ __forceinline__ void read_copy(const float* copy,
                                             float (&values)[ROWS][LANE_COLUMNS]) const {
     copy += threadIdx.x % 32 * 4;
@@ -153,15 +141,14 @@ struct Tile {
       const bool upper = (row_lane & step) != 0;
       if (width > 1) {
         width /= 2;
-        const bool in_order = width == LANE_COLUMNS / 2;
 #pragma unroll
         for (int at = 0; at < LANE_COLUMNS / 2; ++at) {
           if (at >= width) break;
-          const float give = upper && !in_order ? values[at] : values[at + width];
-          const float hold = upper && !in_order ? values[at + width] : values[at];
+          const float give = upper ? values[at] : values[at + width];
+          const float hold = upper ? values[at + width] : values[at];
           values[at] = hold + __shfl_xor_sync(ALL_LANES, give, step * COLUMN_LANES);
         }
-        first += upper && !in_order ? width : 0;
+        first += upper ? width : 0;
       } else {
         values[0] += __shfl_xor_sync(ALL_LANES, values[0], step * COLUMN_LANES);
         writer = writer && !upper;
