@@ -57,15 +57,16 @@ __device__ __forceinline__ void load_tokens(const Arguments& args, const Chunk& 
   __syncthreads();
 }
 
-// Asks the second-level cache for a step of the chunk before this one, and a part of its state.
-__device__ __forceinline__ void prefetch_step(const Arguments& args, const Chunk& chunk, int step) {
-  constexpr int PART = N * N * STEP / L;
+// Asks the second-level cache for half of the chunk before this one, and of its state: in the last
+// two steps, since what lies there longer is driven out by the states of the other heads.
+__device__ __forceinline__ void prefetch_half(const Arguments& args, const Chunk& chunk, int half) {
+  constexpr int PART = N * N / 2;
   const float* state = static_cast<const float*>(args.checkpoints) +
-                       (chunk.checkpoint - args.H) * N * N + step * PART;
+                       (chunk.checkpoint - args.H) * N * N + half * PART;
   for (int at = threadIdx.x * 32; at < PART; at += THREADS * 32) prefetch(state + at);
   constexpr int LINE = 128 / sizeof(Element) < N ? 128 / sizeof(Element) : N;
-  const int64_t first = chunk.first + (step * STEP - L) * args.H;
-  for (int at = threadIdx.x * LINE; at < STEP * N; at += THREADS * LINE)
+  const int64_t first = chunk.first + (half * L / 2 - L) * args.H;
+  for (int at = threadIdx.x * LINE; at < L / 2 * N; at += THREADS * LINE)
     prefetch_token<LINE>(args, (first + at / N * args.H) * N + at % N);
 }
 
@@ -79,7 +80,7 @@ __device__ __forceinline__ void keep_states(const Arguments& args, const Tile& t
     tile.read_copy(kept_rows(args, chunk, 0, first_row), state);
     for (int step = 0; step < steps - 1; ++step) {
       load_tokens<true>(args, chunk, step, false, carry, shared);
-#pragma unroll 1
+#pragma unroll 1  // more would take registers from the rest
       for (int t = 0; t < STEP; ++t) {
         float (&token)[VECTORS][N] = shared.tokens[t];
         find_products(args, tile, chunk.head_index * L + step * STEP + t, first_row, state,
@@ -128,7 +129,7 @@ __device__ __forceinline__ void run_chunk(const Arguments& args, const Tile& til
                                           float (&g)[ROWS][LANE_COLUMNS], Shared& shared) {
   for (int step = steps - 1; step >= 0; --step) {
     const bool known = step < steps - 1;
-    if (more) prefetch_step(args, chunk, step);
+    if (more && step < 2) prefetch_half(args, chunk, 1 - step);
     load_tokens<false>(args, chunk, step, known, carry, shared);
     if (!known)
       tile.start_copy(shared.state[first_row_of(0)], kept_rows(args, chunk, step, first_row_of(0)));

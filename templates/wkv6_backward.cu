@@ -158,25 +158,25 @@ __device__ __forceinline__ void store_gradients(const Arguments& args, const Chu
     load_at<float>(token[UK], j, x);
 #pragma unroll
     for (int i = 0; i < WIDTH<STEP>; ++i) sum[i] = fmaf(c, x[i], sum[i]);
-    stream_at<Element>(args.dr, to, sum);
+    store_at<Element>(args.dr, to, sum);
     sum_warps(shared.sums, t, DK, j, sum);
     load_at<float>(token[R], j, x);
     load_mixed<Element>(args.u, args.u_dtype, chunk.head * N + j, u);
 #pragma unroll
     for (int i = 0; i < WIDTH<STEP>; ++i) sum[i] = fmaf(c, u[i] * x[i], sum[i]);
-    stream_at<Element>(args.dk, to, sum);
+    store_at<Element>(args.dk, to, sum);
     load_at<float>(token[K], j, u);
 #pragma unroll
     for (int i = 0; i < WIDTH<STEP>; ++i) u[i] *= c * x[i];
     add_to(shared.du, u);
     load_at<float>(token[DV], j, x);
-    stream_at<Element>(args.dv, to, x);
+    store_at<Element>(args.dv, to, x);
     sum_warps(shared.sums, t, DW, j, sum);
     load_at<float>(token[SLOPE], j, x);
 #pragma unroll
     for (int i = 0; i < WIDTH<STEP>; ++i) sum[i] *= x[i];
     if constexpr (DECAY_PER_TOKEN) {
-      stream_mixed<Element>(args.dw, args.dw_dtype, to, sum);
+      store_mixed<Element>(args.dw, args.dw_dtype, to, sum);
     } else {
       add_to(shared.dw, sum);
     }

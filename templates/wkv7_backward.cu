@@ -164,20 +164,20 @@ __device__ __forceinline__ void store_gradients(const Arguments& args, const Chu
     const int64_t to = (chunk.first + (step * STEP + t) * args.H) * N + j;
     float sum[WIDTH<STEP>], slope[WIDTH<STEP>];
     sum_warps(shared.sums, t, DR, j, sum);
-    stream_at<Element>(args.dr, to, sum);
+    store_at<Element>(args.dr, to, sum);
     sum_warps(shared.sums, t, DK, j, sum);
-    stream_at<Element>(args.dk, to, sum);
+    store_at<Element>(args.dk, to, sum);
     sum_warps(shared.sums, t, DA, j, sum);
-    stream_at<Element>(args.da, to, sum);
+    store_at<Element>(args.da, to, sum);
     sum_warps(shared.sums, t, DB, j, sum);
-    stream_at<Element>(args.db, to, sum);
+    store_at<Element>(args.db, to, sum);
     sum_warps(shared.sums, t, DW, j, sum);
     load_at<float>(shared.tokens[t][SLOPE], j, slope);
 #pragma unroll
     for (int i = 0; i < WIDTH<STEP>; ++i) sum[i] *= slope[i];
-    stream_mixed<Element>(args.dw, args.dw_dtype, to, sum);
+    store_mixed<Element>(args.dw, args.dw_dtype, to, sum);
     load_at<float>(shared.tokens[t][DV], j, sum);
-    stream_at<Element>(args.dv, to, sum);
+    store_at<Element>(args.dv, to, sum);
   });
 }
 

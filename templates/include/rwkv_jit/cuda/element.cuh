@@ -3,8 +3,6 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include <type_traits>
-
 #include "rwkv_jit/cuda/copy.cuh"
 #include "rwkv_jit/layout.h"
 
@@ -51,17 +49,6 @@ __device__ __forceinline__ void store_at(void* to, int64_t at, const float (&val
   *reinterpret_cast<Neighbours<Element, COUNT>*>(static_cast<Element*>(to) + at) = some;
 }
 
-// The same for what is not read again soon, and so goes first when the cache is full.
-template <typename Element, int COUNT>
-__device__ __forceinline__ void stream_at(void* to, int64_t at, const float (&values)[COUNT]) {
-  using Word = std::conditional_t<COUNT * sizeof(Element) == 16, uint4,
-                                  std::conditional_t<COUNT * sizeof(Element) == 8, uint2, unsigned>>;
-  Neighbours<Element, COUNT> some;
-  store_at<Element>(&some, 0, values);
-  __stcs(reinterpret_cast<Word*>(static_cast<Element*>(to) + at),
-         reinterpret_cast<const Word&>(some));
-}
-
 // w and u are of the operator's type or float32, and so are their gradients.
 template <typename Element>
 __device__ __forceinline__ float load_mixed(const void* from, int32_t dtype, int64_t at) {
@@ -76,23 +63,16 @@ __device__ __forceinline__ void load_mixed(const void* from, int32_t dtype, int6
     load_at<Element>(from, at, values);
   }
 }
-template <typename Element>
-__device__ __forceinline__ void store_mixed(void* to, int32_t dtype, int64_t at, float value) {
+template <typename Element, typename Value>
+__device__ __forceinline__ void store_mixed(void* to, int32_t dtype, int64_t at,
+                                            const Value& value) {
   if (dtype == FP32) {
     store_at<float>(to, at, value);
   } else {
     store_at<Element>(to, at, value);
   }
 }
-template <typename Element, int COUNT>
-__device__ __forceinline__ void stream_mixed(void* to, int32_t dtype, int64_t at,
-                                             const float (&values)[COUNT]) {
-  if (dtype == FP32) {
-    stream_at<float>(to, at, values);
-  } else {
-    stream_at<Element>(to, at, values);
-  }
-}
+// Asks for the line of COUNT values.
 template <typename Element, int COUNT>
 __device__ __forceinline__ void prefetch_mixed(const void* from, int32_t dtype, int64_t at) {
   if (dtype == FP32) {
