@@ -13,9 +13,9 @@ static_assert(sizeof(Shared) <= 99 * 1024, "a block has that much on every archi
 
 // G's rows of a head whose rows take turns.
 template <typename Args>
-__device__ __forceinline__ float* waiting_rows(const Args& args, int64_t head_index, int row) {
+__device__ __forceinline__ float* waiting_rows(const Args& args, int row) {
   if constexpr (GROUPS > 1) {
-    return static_cast<float*>(args.dstate) + (head_index * N + row) * N;
+    return static_cast<float*>(args.dstate) + (int64_t{blockIdx.x} * N + row) * N;
   } else {
     return nullptr;
   }
@@ -28,7 +28,7 @@ __device__ __forceinline__ float* kept_rows(const Args& args, const Chunk& chunk
                                             int first_row) {
   float* states = step == 0 ? static_cast<float*>(args.checkpoints) + chunk.checkpoint * N * N
                             : static_cast<float*>(args.states) +
-                                  (chunk.head_index * (L / STEP) + step) * N * N;
+                                  (int64_t{blockIdx.x} * (L / STEP) + step) * N * N;
   return states + first_row * N;
 }
 
@@ -37,22 +37,21 @@ template <bool AHEAD>
 __device__ __forceinline__ void load_tokens(const Arguments& args, const Chunk& chunk, int step,
                                             bool known, float (&carry)[WIDTH<STEP>],
                                             Shared& shared) {
-  float values[STEP * N / THREADS / WIDTH<STEP>][VECTORS][WIDTH<STEP>];
-  for_my_channels<STEP>([&](int i, int t, int j) {
+  for_my_channels<STEP>([&](int turn, int t, int j) {
+    const int at = step * STEP + t;
+    float values[VECTORS][WIDTH<STEP>];
 #pragma unroll
     for (int vector = 0; vector < VECTORS; ++vector)
 #pragma unroll
-      for (int at = 0; at < WIDTH<STEP>; ++at) values[i][vector][at] = vector == D ? 1.0f : 0.0f;
-    t += step * STEP;
-    if (t >= chunk.count) return;
-    load_token<AHEAD>(args, chunk.first + t * args.H, chunk.head, j, carry, values[i]);
-    if (known) load_products(args, chunk.head_index * L + t, j, values[i]);
-  });
-  __syncthreads();  // the last tokens' readers are done
-  for_my_channels<STEP>([&](int i, int t, int j) {
+      for (int i = 0; i < WIDTH<STEP>; ++i) values[vector][i] = vector == D ? 1.0f : 0.0f;
+    if (at < chunk.count) {
+      load_token<AHEAD>(args, chunk.first + at * args.H, chunk.head, j, carry, values);
+      if (known) load_products(args, int64_t{blockIdx.x} * L + at, j, values);
+    }
+    if (turn == 0) __syncthreads();  // the last tokens' readers are done
 #pragma unroll
     for (int vector = 0; vector < (AHEAD ? AHEAD_VECTORS : VECTORS); ++vector)
-      store_at<float>(shared.tokens[t][vector], j, values[i][vector]);
+      store_at<float>(shared.tokens[t][vector], j, values[vector]);
   });
   __syncthreads();
 }
@@ -83,7 +82,7 @@ __device__ __forceinline__ void keep_states(const Arguments& args, const Tile& t
 #pragma unroll 1  // more would take registers from the rest
       for (int t = 0; t < STEP; ++t) {
         float (&token)[VECTORS][N] = shared.tokens[t];
-        find_products(args, tile, chunk.head_index * L + step * STEP + t, first_row, state,
+        find_products(args, tile, int64_t{blockIdx.x} * L + step * STEP + t, first_row, state,
                       token);
         advance_state(tile, token, first_row, state);
       }
@@ -108,7 +107,7 @@ __device__ __forceinline__ void run_step(const Arguments& args, const Tile& tile
       float (&token)[VECTORS][N] = shared.tokens[from];
       if (last && from == STEP / 2) tile.write_copy(state, kept);
       if (last && !known)
-        find_products(args, tile, chunk.head_index * L + step * STEP + from, first_row, state,
+        find_products(args, tile, int64_t{blockIdx.x} * L + step * STEP + from, first_row, state,
                       token);
       if (from < t) advance_state(tile, token, first_row, state);
     }
@@ -134,7 +133,7 @@ __device__ __forceinline__ void run_chunk(const Arguments& args, const Tile& til
     if (!known)
       tile.start_copy(shared.state[first_row_of(0)], kept_rows(args, chunk, step, first_row_of(0)));
     for (int group = 0; group < GROUPS; ++group) {
-      float* waiting = waiting_rows(args, chunk.head_index, first_row_of(group));
+      float* waiting = waiting_rows(args, first_row_of(group));
       if constexpr (GROUPS > 1) tile.read_copy(waiting, g);
       run_step(args, tile, chunk, step, known, group, g, shared);
       if constexpr (GROUPS > 1) tile.write_copy(g, waiting);
@@ -144,9 +143,9 @@ __device__ __forceinline__ void run_chunk(const Arguments& args, const Tile& til
   }
 }
 
-// Takes a head from its last token to its first. head_index: s * H + head.
-__device__ __forceinline__ void walk_back(const Arguments& args, int64_t head_index,
-                                          Shared& shared) {
+// Takes the block's head from its last token to its first.
+__device__ __forceinline__ void walk_back(const Arguments& args, Shared& shared) {
+  const int64_t head_index = blockIdx.x;  // s * H + head
   const Tile tile;
   const Sequence sequence = find_sequence(args, head_index / args.H, L);
   const auto place = [&](int first_row, int i, int j) {
@@ -162,28 +161,29 @@ __device__ __forceinline__ void walk_back(const Arguments& args, int64_t head_in
         g[i][j] = args.dfinal_state == nullptr
                       ? 0.0f
                       : load_at<StateElement>(args.dfinal_state, place(first_row, i, j));
-    if constexpr (GROUPS > 1) tile.write_copy(g, waiting_rows(args, head_index, first_row));
+    if constexpr (GROUPS > 1) tile.write_copy(g, waiting_rows(args, first_row));
   }
 
-  const int head = static_cast<int>(head_index % args.H);
-  const int64_t first = sequence.begin * args.H + head;
-  const int64_t first_checkpoint = sequence.first_checkpoint * args.H + head;
   const int64_t tokens = sequence.end - sequence.begin;
-  const int chunks = static_cast<int>((tokens + L - 1) / L);
-  Chunk chunk = {head_index, 0, 0, head, static_cast<int>(tokens - (chunks - 1) * int64_t{L})};
-  for (int at = chunks - 1; at >= 0; --at) {
-    chunk.first = first + at * args.H * L;
-    chunk.checkpoint = first_checkpoint + at * args.H;
+  int chunks = static_cast<int>((tokens + L - 1) / L);
+  Chunk chunk;
+  chunk.head = static_cast<int>(head_index % args.H);
+  chunk.count = static_cast<int>(tokens - (chunks - 1) * int64_t{L});
+  chunk.first = (sequence.begin + (chunks - 1) * int64_t{L}) * args.H + chunk.head;
+  chunk.checkpoint = (sequence.first_checkpoint + chunks - 1) * args.H + chunk.head;
+  for (; chunks > 0; --chunks) {
     const int steps = (chunk.count + STEP - 1) / STEP;
     keep_states(args, tile, chunk, steps, shared);
-    run_chunk(args, tile, chunk, steps, at > 0, carry, g, shared);
+    run_chunk(args, tile, chunk, steps, chunks > 1, carry, g, shared);
     chunk.count = L;
+    chunk.first -= args.H * L;
+    chunk.checkpoint -= args.H;
   }
 
   if (args.dinitial_state == nullptr) return;
   for (int group = 0; group < GROUPS; ++group) {
     const int first_row = first_row_of(group);
-    if constexpr (GROUPS > 1) tile.read_copy(waiting_rows(args, head_index, first_row), g);
+    if constexpr (GROUPS > 1) tile.read_copy(waiting_rows(args, first_row), g);
 #pragma unroll
     for (int i = 0; i < ROWS; ++i)
 #pragma unroll

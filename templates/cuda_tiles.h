@@ -12,7 +12,7 @@ static_assert(GROUPS * BLOCK_ROWS == N, "groups of rows make up a head");
 // A chunk of a head: its first token's row of B * T * H, from which the others' are H apart, how
 // many they are, and the place of the state before them.
 struct Chunk {
-  int64_t head_index, first, checkpoint;  // head_index: s * H + head
+  int64_t first, checkpoint;
   int head, count;
 };
 

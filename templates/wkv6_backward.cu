@@ -122,6 +122,7 @@ __device__ __forceinline__ void take_back(const Tile& tile, int first_row, int t
     c = fmaf(v[i], dy[i], c);
   }
   tile.sum_rows(dv);
+  __syncwarp();  // dy has been read
   if (tile.has_rows()) {
 #pragma unroll
     for (int i = 0; i < Tile::PAIR; ++i) token[DV][first_row + tile.row(i)] = dv[i];
@@ -212,7 +213,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) backward_kernel(const Argumen
   for (int at = threadIdx.x; at < PARTS * N; at += THREADS)
     (&shared.du.sum[0][0])[at] = (&shared.du.rest[0][0])[at] = (&shared.dw.sum[0][0])[at] =
         (&shared.dw.rest[0][0])[at] = 0.0f;
-  walk_back(args, blockIdx.x, shared);
+  walk_back(args, shared);
   store_totals(args, shared);
 }
 

@@ -120,6 +120,7 @@ __device__ __forceinline__ void take_back(const Tile& tile, int first_row, int t
   tile.read(token[K], x);
   lane_times(g, x, dv);
   tile.sum_rows(dv);
+  __syncwarp();  // dy has been read
   if (tile.has_rows()) {
 #pragma unroll
     for (int i = 0; i < Tile::PAIR; ++i) token[DV][first_row + tile.row(i)] = dv[i];
@@ -189,7 +190,7 @@ namespace {
 
 __global__ void __launch_bounds__(THREADS, BLOCKS) backward_kernel(const Arguments args) {
   extern __shared__ __align__(16) char shared_bytes[];
-  walk_back(args, blockIdx.x, *reinterpret_cast<Shared*>(shared_bytes));
+  walk_back(args, *reinterpret_cast<Shared*>(shared_bytes));
 }
 
 }  // namespace

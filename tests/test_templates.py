@@ -104,7 +104,8 @@ def compile_cuda(config: OpConfig, entry: str, folder: Path) -> dict[str, dict[s
 TARGETS = [
     *((arch, size, "bf16") for arch in CUDA_ARCHES for size in (64, 128)),
     *(("sm80", size, "fp16") for size in CUDA_HEAD_SIZES),
-    ("sm90a", 128, "fp32"),
+    *(("sm90a", size, "fp32") for size in (64, 128)),
+    *((arch, 64, "fp32") for arch in ("sm80", "sm120")),
 ]
 # wkv5 has the templates of wkv6.
 FEWER_TARGETS = [("sm90a", 64, "bf16"), ("sm80", 256, "fp16")]
