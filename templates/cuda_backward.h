@@ -56,19 +56,6 @@ __device__ __forceinline__ void load_tokens(const Arguments& args, const Chunk& 
   __syncthreads();
 }
 
-// Asks the second-level cache for half of the chunk before this one, and of its state: in the last
-// two steps, since what lies there longer is driven out by the states of the other heads.
-__device__ __forceinline__ void prefetch_half(const Arguments& args, const Chunk& chunk, int half) {
-  constexpr int PART = N * N / 2;
-  const float* state = static_cast<const float*>(args.checkpoints) +
-                       (chunk.checkpoint - args.H) * N * N + half * PART;
-  for (int at = threadIdx.x * 32; at < PART; at += THREADS * 32) prefetch(state + at);
-  constexpr int LINE = 128 / sizeof(Element) < N ? 128 / sizeof(Element) : N;
-  const int64_t first = chunk.first + (half * L / 2 - L) * args.H;
-  for (int at = threadIdx.x * LINE; at < L / 2 * N; at += THREADS * LINE)
-    prefetch_token<LINE>(args, (first + at / N * args.H) * N + at % N);
-}
-
 // Takes a chunk forward to the first token of its last step.
 __device__ __forceinline__ void keep_states(const Arguments& args, const Tile& tile,
                                             const Chunk& chunk, int steps, Shared& shared) {
@@ -123,12 +110,11 @@ __device__ __forceinline__ void run_step(const Arguments& args, const Tile& tile
 
 // Takes a chunk back, once its states are kept.
 __device__ __forceinline__ void run_chunk(const Arguments& args, const Tile& tile,
-                                          const Chunk& chunk, int steps, bool more,
+                                          const Chunk& chunk, int steps,
                                           float (&carry)[WIDTH<STEP>],
                                           float (&g)[ROWS][LANE_COLUMNS], Shared& shared) {
   for (int step = steps - 1; step >= 0; --step) {
     const bool known = step < steps - 1;
-    if (more && step < 2) prefetch_half(args, chunk, 1 - step);
     load_tokens<false>(args, chunk, step, known, carry, shared);
     if (!known)
       tile.start_copy(shared.state[first_row_of(0)], kept_rows(args, chunk, step, first_row_of(0)));
@@ -174,7 +160,7 @@ __device__ __forceinline__ void walk_back(const Arguments& args, Shared& shared)
   for (; chunks > 0; --chunks) {
     const int steps = (chunk.count + STEP - 1) / STEP;
     keep_states(args, tile, chunk, steps, shared);
-    run_chunk(args, tile, chunk, steps, chunks > 1, carry, g, shared);
+    run_chunk(args, tile, chunk, steps, carry, g, shared);
     chunk.count = L;
     chunk.first -= args.H * L;
     chunk.checkpoint -= args.H;

@@ -27,11 +27,12 @@ __global__ void __launch_bounds__(THREADS) forward_kernel(const Arguments args) 
   for (int i = 0; i < ROWS; ++i)
 #pragma unroll
     for (int j = 0; j < LANE_COLUMNS; ++j)
-      state[i][j] = args.initial_state == nullptr
-                        ? 0.0f
-                        : load_at<StateElement>(
-                              args.initial_state,
-                              head_index * N * N + state_index(first_row + tile.row(i), tile.column(j)));
+      state[i][j] =
+          args.initial_state == nullptr
+              ? 0.0f
+              : load_at<StateElement>(
+                    args.initial_state,
+                    head_index * N * N + state_index(first_row + tile.row(i), tile.column(j)));
 
   float carry[WIDTH<STAGE>] = {};
   int64_t checkpoint = sequence.first_checkpoint;
@@ -40,7 +41,7 @@ __global__ void __launch_bounds__(THREADS) forward_kernel(const Arguments args) 
     if ((first - sequence.begin) % L == 0)
       store_checkpoint(args, tile, head, checkpoint++, first_row, state);
     __syncthreads();  // the last stage's readers are done
-for_my_channels<STAGE>([&](int, int t, int j) {
+    for_my_channels<STAGE>([&](int, int t, int j) {
       if (t >= count) return;
       float values[VECTORS][WIDTH<STAGE>];
       load_token(args, first + t, head, j, carry, values);
@@ -69,9 +70,9 @@ for_my_channels<STAGE>([&](int, int t, int j) {
   for (int i = 0; i < ROWS; ++i)
 #pragma unroll
     for (int j = 0; j < LANE_COLUMNS; ++j)
-      store_at<StateElement>(args.final_state,
-                             head_index * N * N + state_index(first_row + tile.row(i), tile.column(j)),
-                             state[i][j]);
+      store_at<StateElement>(
+          args.final_state,
+          head_index * N * N + state_index(first_row + tile.row(i), tile.column(j)), state[i][j]);
 }
 
 }  // namespace

@@ -74,16 +74,6 @@ __device__ __forceinline__ void load_token(const Arguments& args, int64_t row, i
   }
 }
 
-// Asks for the line of COUNT values of each vector of a token.
-template <int COUNT>
-__device__ __forceinline__ void prefetch_token(const Arguments& args, int64_t value) {
-  prefetch(static_cast<const Element*>(args.r) + value);
-  prefetch(static_cast<const Element*>(args.k) + value);
-  prefetch(static_cast<const Element*>(args.v) + value);
-  prefetch(static_cast<const Element*>(args.dy) + value);
-  if constexpr (DECAY_PER_TOKEN) prefetch_mixed<Element, COUNT>(args.w, args.w_dtype, value);
-}
-
 // The state is advanced by the token's vectors alone.
 __device__ __forceinline__ void load_products(const Arguments&, int64_t, int,
                                               float (&)[VECTORS][WIDTH<STEP>]) {}
@@ -146,8 +136,8 @@ __device__ __forceinline__ void take_back(const Tile& tile, int first_row, int t
 
 // Adds up the warps' parts, writes the gradients of a step's tokens and adds to the sums over
 // tokens.
-__device__ __forceinline__ void store_gradients(const Arguments& args, const Chunk& chunk,
-                                                int step, Shared& shared) {
+__device__ __forceinline__ void store_gradients(const Arguments& args, const Chunk& chunk, int step,
+                                                Shared& shared) {
   for_my_channels<STEP>([&](int, int t, int j) {
     if (step * STEP + t >= chunk.count) return;
     const float (&token)[VECTORS][N] = shared.tokens[t];

@@ -51,18 +51,6 @@ __device__ __forceinline__ void load_token(const Arguments& args, int64_t row, i
   }
 }
 
-// Asks for the line of COUNT values of each vector of a token.
-template <int COUNT>
-__device__ __forceinline__ void prefetch_token(const Arguments& args, int64_t value) {
-  prefetch(static_cast<const Element*>(args.r) + value);
-  prefetch(static_cast<const Element*>(args.k) + value);
-  prefetch(static_cast<const Element*>(args.v) + value);
-  prefetch(static_cast<const Element*>(args.a) + value);
-  prefetch(static_cast<const Element*>(args.b) + value);
-  prefetch(static_cast<const Element*>(args.dy) + value);
-  prefetch_mixed<Element, COUNT>(args.w, args.w_dtype, value);
-}
-
 // What find_products found before.
 template <typename Args>
 __device__ __forceinline__ void load_products(const Args& args, int64_t place, int j,
@@ -158,8 +146,8 @@ __device__ __forceinline__ void take_back(const Tile& tile, int first_row, int t
 }
 
 // Adds up the warps' parts and writes the gradients of a step's tokens.
-__device__ __forceinline__ void store_gradients(const Arguments& args, const Chunk& chunk,
-                                                int step, const Shared& shared) {
+__device__ __forceinline__ void store_gradients(const Arguments& args, const Chunk& chunk, int step,
+                                                const Shared& shared) {
   for_my_channels<STEP>([&](int, int t, int j) {
     if (step * STEP + t >= chunk.count) return;
     const int64_t to = (chunk.first + (step * STEP + t) * args.H) * N + j;

@@ -3,7 +3,6 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "rwkv_jit/cuda/copy.cuh"
 #include "rwkv_jit/layout.h"
 
 namespace rwkv_jit {
@@ -36,8 +35,8 @@ struct alignas(COUNT * sizeof(Element)) Neighbours {
 };
 template <typename Element, int COUNT>
 __device__ __forceinline__ void load_at(const void* from, int64_t at, float (&values)[COUNT]) {
-  const auto some = *reinterpret_cast<const Neighbours<Element, COUNT>*>(
-      static_cast<const Element*>(from) + at);
+  const auto some =
+      *reinterpret_cast<const Neighbours<Element, COUNT>*>(static_cast<const Element*>(from) + at);
 #pragma unroll
   for (int i = 0; i < COUNT; ++i) values[i] = load(some.at[i]);
 }
@@ -70,16 +69,6 @@ __device__ __forceinline__ void store_mixed(void* to, int32_t dtype, int64_t at,
     store_at<float>(to, at, value);
   } else {
     store_at<Element>(to, at, value);
-  }
-}
-// Asks for the line of COUNT values.
-template <typename Element, int COUNT>
-__device__ __forceinline__ void prefetch_mixed(const void* from, int32_t dtype, int64_t at) {
-  if (dtype == FP32) {
-#pragma unroll
-    for (int i = 0; i < COUNT; i += 32) prefetch(static_cast<const float*>(from) + at + i);
-  } else {
-    prefetch(static_cast<const Element*>(from) + at);
   }
 }
 

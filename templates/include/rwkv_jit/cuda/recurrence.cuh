@@ -1,6 +1,5 @@
 #pragma once
 // One token for the rows that a lane holds.
-#include "rwkv_jit/cuda/element.cuh"
 #include "rwkv_jit/cuda/tile.cuh"
 
 namespace rwkv_jit {
@@ -17,8 +16,7 @@ __device__ __forceinline__ float lane_dot(const float (&left)[LANE_COLUMNS],
 // A lane's part of S x, one value a row.
 template <int ROWS>
 __device__ __forceinline__ void lane_times(const float (&state)[ROWS][LANE_COLUMNS],
-                                           const float (&x)[LANE_COLUMNS],
-                                           float (&product)[ROWS]) {
+                                           const float (&x)[LANE_COLUMNS], float (&product)[ROWS]) {
 #pragma unroll
   for (int i = 0; i < ROWS; ++i) product[i] = lane_dot(state[i], x);
 }

@@ -5,6 +5,7 @@
 // by halves, what a lane gives away is then always its upper half. (The same for columns has lanes
 // read both groups at once, and that costs more than the choice between halves does.)
 #include "rwkv_jit/cuda/copy.cuh"
+#include "rwkv_jit/cuda/element.cuh"
 
 namespace rwkv_jit {
 
@@ -40,12 +41,9 @@ struct Tile {
     return at / 4 * (N / 2) + column_lane * 4 + at % 4;
   }
 
-  // This lane's eight values of a row of N floats; 16-byte accesses, free of bank conflicts.
+  // This lane's eight values of a row of N floats; 16-byte reads, free of bank conflicts.
   __device__ __forceinline__ void read(const float* row, float (&values)[LANE_COLUMNS]) const {
     read_fours(row + column(0), row + column(4), values);
-  }
-  __device__ __forceinline__ void write(const float (&values)[LANE_COLUMNS], float* row) const {
-    write_fours(values, row + column(0), row + column(4));
   }
 
   // This lane's part of a copy of the warp's rows, which lies as the lanes hold it.
@@ -53,15 +51,13 @@ struct Tile {
                                             float (&values)[ROWS][LANE_COLUMNS]) const {
     copy += threadIdx.x % 32 * 4;
 #pragma unroll
-    for (int i = 0; i < ROWS; ++i)
-      read_fours(copy + i * 256, copy + i * 256 + 128, values[i]);
+    for (int i = 0; i < ROWS; ++i) read_fours(copy + i * 256, copy + i * 256 + 128, values[i]);
   }
   __device__ __forceinline__ void write_copy(const float (&values)[ROWS][LANE_COLUMNS],
                                              float* copy) const {
     copy += threadIdx.x % 32 * 4;
 #pragma unroll
-    for (int i = 0; i < ROWS; ++i)
-      write_fours(values[i], copy + i * 256, copy + i * 256 + 128);
+    for (int i = 0; i < ROWS; ++i) write_fours(values[i], copy + i * 256, copy + i * 256 + 128);
   }
 
   // Copies a copy to shared memory; each lane waits for what it holds itself.
@@ -155,14 +151,14 @@ struct Tile {
       }
     }
     if (!writer) return;
-    if constexpr (COLUMN_SUMS == 8) {
-      float before[LANE_COLUMNS] = {};
-      if (add) read(row, before);
+    constexpr int COUNT = COLUMN_SUMS < 4 ? COLUMN_SUMS : 4;
 #pragma unroll
-      for (int at = 0; at < LANE_COLUMNS; ++at) values[at] += before[at];
-      write(values, row);
-    } else {
-      add_values<COLUMN_SUMS>(values, row + column(first), add);
+    for (int group = 0; group < COLUMN_SUMS; group += COUNT) {
+      float sums[COUNT] = {};
+      if (add) load_at<float>(row, column(first + group), sums);
+#pragma unroll
+      for (int at = 0; at < COUNT; ++at) sums[at] += values[group + at];
+      store_at<float>(row, column(first + group), sums);
     }
   }
 
@@ -178,20 +174,6 @@ struct Tile {
                                                      float* first, float* second) {
     *reinterpret_cast<float4*>(first) = make_float4(values[0], values[1], values[2], values[3]);
     *reinterpret_cast<float4*>(second) = make_float4(values[4], values[5], values[6], values[7]);
-  }
-
-  template <int COUNT>
-  static __device__ __forceinline__ void add_values(const float (&values)[LANE_COLUMNS], float* row,
-                                                    bool add) {
-    struct alignas(COUNT * sizeof(float)) Sums {
-      float at[COUNT];
-    };
-    Sums& to = *reinterpret_cast<Sums*>(row);
-    Sums sums = {};
-    if (add) sums = to;
-#pragma unroll
-    for (int at = 0; at < COUNT; ++at) sums.at[at] += values[at];
-    to = sums;
   }
 };
 
