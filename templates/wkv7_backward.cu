@@ -122,6 +122,8 @@ __device__ __forceinline__ void take_back(const Tile& tile, int first_row, int t
     sa_dy = fmaf(sa[i], dy[i], sa_dy);
     v_dy = fmaf(v[i], dy[i], v_dy);
   }
+  sum_products(g, state, sum);
+  tile.sum_columns(sum, sums[DW], add);
   tile.read(token[D], d);
   times_lane(dy, state, sum);
 #pragma unroll
@@ -132,8 +134,6 @@ __device__ __forceinline__ void take_back(const Tile& tile, int first_row, int t
   tile.sum_columns(sum, sums[DK], add);
   times_lane(sa, g, sum);
   tile.sum_columns(sum, sums[DB], add);
-  sum_products(g, state, sum);
-  tile.sum_columns(sum, sums[DW], add);
   tile.share_rows(dsa);
   times_lane(dsa, state, sum);
   tile.sum_columns(sum, sums[DA], add);
