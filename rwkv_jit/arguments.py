@@ -40,7 +40,7 @@ def dtype_of(rule: str, config: OpConfig, tensors: Tensors) -> torch.dtype:
 
 
 def entry_sizes(entry: EntrySpec, spacing: int, tensors: Tensors) -> dict[str, int]:
-    """B, T, H, N, S and C of a call, from its first tensor and cu_seqlens.
+    """B, T, H, N, S, C, L and Q of a call, from its first tensor and cu_seqlens.
 
     spacing: tokens between two state checkpoints.
     """
@@ -56,6 +56,8 @@ def entry_sizes(entry: EntrySpec, spacing: int, tensors: Tensors) -> dict[str, i
         "N": size,
         "S": sequences,
         "C": batch * length // spacing + sequences,
+        "L": spacing,
+        "Q": spacing // 4,
     }
 
 

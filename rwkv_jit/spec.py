@@ -18,8 +18,8 @@ LAUNCHER_ABI = 1
 class TensorSpec:
     """One tensor of an entry.
 
-    shape: letters: B batch, S sequences, T tokens, H heads, N head size, L chunk length and
-        C state checkpoints, which are B * T // spacing + S.
+    shape: letters: B batch, S sequences, T tokens, H heads, N head size, L tokens between two state
+        checkpoints, Q a quarter of them, and C state checkpoints, which are B * T // L + S.
     dtype: the dtypes that it may have: "op" (the operator's), "state", "accumulator" (float32, or
         float64 for a float64 operator), "like:<tensor>", or a dtype's name. Where there are
         several, the argument block says at run time which one it is.

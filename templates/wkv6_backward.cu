@@ -2,8 +2,8 @@
 //   G_t = dL/dS_t,   c_t = dy_t . v_t,   G_{t-1} = G_t diag(d_t) + dy_t r_t^T
 //   dr = S_{t-1}^T dy + c u * k   dk = G^T v + c u * r   dv = G k + ((u * k) . r) dy
 //   du = sum over tokens of c r * k   dd = sum over rows of G_t S_{t-1}, element by element
-// Sums over rows: in the warp by halving, then over warps in order. Sums over tokens: by the thread
-// of a channel, and over sequences, in their order, by a second kernel.
+// Sums over tokens: by the threads of a channel, and over sequences, in their order, by a second
+// kernel.
 #include <cuda_runtime.h>
 
 //% include "prelude.h"
@@ -20,141 +20,158 @@ namespace {
 using namespace rwkv_jit;
 
 constexpr int STEP = {{step_tokens}};
-static_assert(L % STEP == 0, "a chunk is a whole number of steps");
 
-enum Vector { R, K, V, UK, DY, KEEP, CHANGE, SLOPE, VECTORS };  // UK is u * k
-enum Gradient { DR, DW, DK, GRADIENTS };                        // those that are sums over rows
+// UK is u * k, and dv takes the place of dy. The first ones are what advance_state takes.
+enum Vector { K, V, D, AHEAD_VECTORS, R = AHEAD_VECTORS, UK, DY, SLOPE, VECTORS, DV = DY };
+enum Gradient { DR, DW, DK, GRADIENTS };  // those that are sums over rows
+
+constexpr int PARTS = THREADS * WIDTH<STEP> / N;  // threads that read a channel
+
+// A sum over tokens: each thread's part, and what rounding takes from it.
+struct Total {
+  float sum[PARTS][N], rest[PARTS][N];
+};
 
 struct Shared {
   float tokens[STEP][VECTORS][N];
-  float sums[WARPS][STEP][GRADIENTS][N];       // each warp's part
-  float c[WARPS][STEP];                        // and of c
-  float du[N], du_rest[N], dw[N], dw_rest[N];  // over tokens; dw where the decay is one for all
+  float sums[WARPS][STEP][GRADIENTS][N];  // each warp's part
+  float state[BLOCK_ROWS][N];             // before a step, or in its middle
+  float c[STEP][WARPS];                   // each warp's part of c
+  Total du, dw;                           // dw where the decay is one for all
 };
 
-// One value of each vector of a token.
-__device__ __forceinline__ void load_token(const Arguments& args, int64_t t, int64_t head, int j,
-                                           float (&token)[VECTORS][N]) {
-  const int64_t row = t * args.H + head, from = row * N + j;
-  const Decay decay =
-      decay_of<DECAY>(load_mixed<Element>(args.w, args.w_dtype, decay_row(row, head) * N + j));
-  const float k = load_at<Element>(args.k, from);
-  token[R][j] = load_at<Element>(args.r, from);
-  token[K][j] = k;
-  token[V][j] = load_at<Element>(args.v, from);
-  token[UK][j] = load_mixed<Element>(args.u, args.u_dtype, head * N + j) * k;
-  token[DY][j] = load_at<Element>(args.dy, from);
-  token[KEEP][j] = decay.keep;
-  token[CHANGE][j] = decay.change;
-  token[SLOPE][j] = decay.slope;
+__device__ __forceinline__ void add_to(Total& total, const float (&terms)[WIDTH<STEP>]) {
+  const int at = threadIdx.x * WIDTH<STEP>;
+  float sum[WIDTH<STEP>], rest[WIDTH<STEP>];
+  load_at<float>(total.sum, at, sum);
+  load_at<float>(total.rest, at, rest);
+#pragma unroll
+  for (int i = 0; i < WIDTH<STEP>; ++i) add_long(terms[i], sum[i], rest[i]);
+  store_at<float>(total.sum, at, sum);
+  store_at<float>(total.rest, at, rest);
 }
 
-__device__ __forceinline__ void advance_state(const Tile<N>& tile, const float (&token)[VECTORS][N],
-                                              const float (&v)[ROWS],
-                                              float (&state)[ROWS][LANE_COLUMNS]) {
-  advance(tile, state, v, token[KEEP], token[CHANGE], token[K]);
+// Neighbouring values of each vector of a token; AHEAD: of what advance_state takes.
+template <bool AHEAD>
+__device__ __forceinline__ void load_token(const Arguments& args, int64_t row, int64_t head, int j,
+                                           float (&carry)[WIDTH<STEP>],
+                                           float (&token)[VECTORS][WIDTH<STEP>]) {
+  const int64_t from = row * N + j;
+  load_at<Element>(args.k, from, token[K]);
+  load_at<Element>(args.v, from, token[V]);
+  load_mixed<Element>(args.w, args.w_dtype, decay_row(row, head) * N + j, token[D]);
+  if constexpr (!AHEAD) {
+    load_at<Element>(args.r, from, token[R]);
+    load_mixed<Element>(args.u, args.u_dtype, head * N + j, token[UK]);
+    load_at<Element>(args.dy, from, token[DY]);
+  }
+#pragma unroll
+  for (int i = 0; i < WIDTH<STEP>; ++i) {
+    const Decay decay = decay_of<DECAY>(token[D][i]);
+    token[D][i] = carry_rest(decay, carry[i]);
+    token[UK][i] *= token[K][i];
+    token[SLOPE][i] = decay.slope;
+  }
+}
+
+// The state is advanced by the token's vectors alone.
+__device__ __forceinline__ void load_products(const Arguments&, int64_t, int,
+                                              float (&)[VECTORS][WIDTH<STEP>]) {}
+__device__ __forceinline__ void find_products(const Arguments&, const Tile&, int64_t, int,
+                                              const float (&)[ROWS][LANE_COLUMNS],
+                                              float (&)[VECTORS][N]) {}
+
+__device__ __forceinline__ void advance_state(const Tile& tile, const float (&token)[VECTORS][N],
+                                              int first_row, float (&state)[ROWS][LANE_COLUMNS]) {
+  float v[ROWS];
+  tile.read_rows(token[V] + first_row, v);
+  advance(tile, state, v, token[D], token[K]);
+}
+
+// Takes g = G_t to G_{t-1}, with the state before the token. The gradients that are sums over rows
+// are added up over rows of this warp, and over those that had their turn before with `add`.
+__device__ __forceinline__ void take_back(const Tile& tile, int first_row, int t, bool add,
+                                          const float (&state)[ROWS][LANE_COLUMNS],
+                                          float (&g)[ROWS][LANE_COLUMNS], Shared& shared) {
+  const int warp = threadIdx.x / 32;
+  float (&token)[VECTORS][N] = shared.tokens[t];
+  float (&sums)[GRADIENTS][N] = shared.sums[warp][t];
+  float r[LANE_COLUMNS], x[LANE_COLUMNS], sum[LANE_COLUMNS], v[ROWS], dy[ROWS], dv[ROWS];
+
+  tile.read(token[R], r);
+  tile.read(token[UK], x);
+  const float bonus = lane_dot(x, r);
+  tile.read_rows(token[V] + first_row, v);
+  tile.read_rows(token[DY] + first_row, dy);
+  tile.read(token[K], x);
+  lane_times(g, x, dv);
+  float c = 0;
+#pragma unroll
+  for (int i = 0; i < ROWS; ++i) {
+    dv[i] = fmaf(dy[i], bonus, dv[i]);
+    c = fmaf(v[i], dy[i], c);
+  }
+  tile.sum_rows(dv);
+  __syncwarp();  // dy has been read
+  if (tile.has_rows()) {
+#pragma unroll
+    for (int i = 0; i < Tile::PAIR; ++i) token[DV][first_row + tile.row(i)] = dv[i];
+  }
+  c = tile.sum_of_rows(c);
+  if (threadIdx.x % 32 == 0) shared.c[t][warp] = add ? shared.c[t][warp] + c : c;
+
+  times_lane(v, g, sum);
+  tile.sum_columns(sum, sums[DK], add);
+  times_lane(dy, state, sum);
+  tile.sum_columns(sum, sums[DR], add);
+  sum_products(g, state, sum);
+  tile.sum_columns(sum, sums[DW], add);
+
+  tile.read(token[D], x);
+#pragma unroll
+  for (int i = 0; i < ROWS; ++i)
+#pragma unroll
+    for (int j = 0; j < LANE_COLUMNS; ++j) g[i][j] = fmaf(g[i][j], x[j], dy[i] * r[j]);
 }
 
 // Adds up the warps' parts, writes the gradients of a step's tokens and adds to the sums over
 // tokens.
-__device__ __forceinline__ void store_gradients(const Arguments& args, int64_t first, int64_t end,
-                                                int64_t head, Shared& shared) {
-  __syncthreads();  // every warp's part is there
-  const auto over_warps = [&](int t, int gradient, int j) {
-    float sum = 0;
-    for (int warp = 0; warp < WARPS; ++warp) sum += shared.sums[warp][t][gradient][j];
-    return sum;
-  };
-  const auto c_of = [&](int t) {
-    float sum = 0;
-    for (int warp = 0; warp < WARPS; ++warp) sum += shared.c[warp][t];
-    return sum;
-  };
-  for (int at = threadIdx.x; at < STEP * N; at += THREADS) {
-    const int t = at / N, j = at % N;
-    if (first + t >= end) continue;
+__device__ __forceinline__ void store_gradients(const Arguments& args, const Chunk& chunk, int step,
+                                                Shared& shared) {
+  for_my_channels<STEP>([&](int, int t, int j) {
+    if (step * STEP + t >= chunk.count) return;
     const float (&token)[VECTORS][N] = shared.tokens[t];
-    const int64_t to = ((first + t) * args.H + head) * N + j;
-    const float c = c_of(t), u = load_mixed<Element>(args.u, args.u_dtype, head * N + j);
-    store_at<Element>(args.dr, to, fmaf(c, token[UK][j], over_warps(t, DR, j)));
-    store_at<Element>(args.dk, to, fmaf(c, u * token[R][j], over_warps(t, DK, j)));
-    if constexpr (DECAY_PER_TOKEN)
-      store_mixed<Element>(args.dw, args.dw_dtype, to, over_warps(t, DW, j) * token[SLOPE][j]);
-  }
-  for (int j = threadIdx.x; j < N; j += THREADS)
-    for (int t = STEP - 1; t >= 0; --t) {
-      if (first + t >= end) continue;
-      add_long(c_of(t) * shared.tokens[t][R][j] * shared.tokens[t][K][j], shared.du[j],
-               shared.du_rest[j]);
-      if constexpr (!DECAY_PER_TOKEN)
-        add_long(over_warps(t, DW, j), shared.dw[j], shared.dw_rest[j]);
+    const int64_t to = (chunk.first + (step * STEP + t) * args.H) * N + j;
+    float c = 0, sum[WIDTH<STEP>], x[WIDTH<STEP>], u[WIDTH<STEP>];
+#pragma unroll
+    for (int warp = 0; warp < WARPS; ++warp) c += shared.c[t][warp];
+    sum_warps(shared.sums, t, DR, j, sum);
+    load_at<float>(token[UK], j, x);
+#pragma unroll
+    for (int i = 0; i < WIDTH<STEP>; ++i) sum[i] = fmaf(c, x[i], sum[i]);
+    store_at<Element>(args.dr, to, sum);
+    sum_warps(shared.sums, t, DK, j, sum);
+    load_at<float>(token[R], j, x);
+    load_mixed<Element>(args.u, args.u_dtype, chunk.head * N + j, u);
+#pragma unroll
+    for (int i = 0; i < WIDTH<STEP>; ++i) sum[i] = fmaf(c, u[i] * x[i], sum[i]);
+    store_at<Element>(args.dk, to, sum);
+    load_at<float>(token[K], j, u);
+#pragma unroll
+    for (int i = 0; i < WIDTH<STEP>; ++i) u[i] *= c * x[i];
+    add_to(shared.du, u);
+    load_at<float>(token[DV], j, x);
+    store_at<Element>(args.dv, to, x);
+    sum_warps(shared.sums, t, DW, j, sum);
+    load_at<float>(token[SLOPE], j, x);
+#pragma unroll
+    for (int i = 0; i < WIDTH<STEP>; ++i) sum[i] *= x[i];
+    if constexpr (DECAY_PER_TOKEN) {
+      store_mixed<Element>(args.dw, args.dw_dtype, to, sum);
+    } else {
+      add_to(shared.dw, sum);
     }
-}
-
-// A step of one group of rows: forward from `state`, then `g` backward. FIRST writes the sums over
-// rows, the groups after it add to them.
-template <bool FIRST>
-__device__ __forceinline__ void run_step(const Arguments& args, const Tile<N>& tile, int64_t first,
-                                         int64_t end, int64_t head, int first_row,
-                                         float (&state)[ROWS][LANE_COLUMNS],
-                                         float (&g)[ROWS][LANE_COLUMNS], Shared& shared) {
-  const int warp = threadIdx.x / 32;
-  float (&sums)[STEP][GRADIENTS][N] = shared.sums[warp];
-  float history[STEP][ROWS][LANE_COLUMNS];
-#pragma unroll
-  for (int t = 0; t < STEP; ++t) {
-    const float (&token)[VECTORS][N] = shared.tokens[t];
-    float v[ROWS], c = 0, dr[LANE_COLUMNS] = {};
-#pragma unroll
-    for (int i = 0; i < ROWS; ++i) {
-      const float dy = token[DY][first_row + i];
-      v[i] = token[V][first_row + i];
-      c = fmaf(v[i], dy, c);
-#pragma unroll
-      for (int j = 0; j < LANE_COLUMNS; ++j) {
-        history[t][i][j] = state[i][j];
-        dr[j] = fmaf(state[i][j], dy, dr[j]);
-      }
-    }
-    tile.column_sum<!FIRST>(dr, sums[t][DR]);
-    c = tile.sum_of_rows(c);
-    if (threadIdx.x % 32 == 0) shared.c[warp][t] = FIRST ? c : shared.c[warp][t] + c;
-    advance_state(tile, token, v, state);
-  }
-#pragma unroll
-  for (int t = STEP - 1; t >= 0; --t) {
-    const float (&token)[VECTORS][N] = shared.tokens[t];
-    float r[LANE_COLUMNS], row[LANE_COLUMNS], dv[ROWS];
-    tile.read(token[R], r);
-    tile.read(token[UK], row);
-    const float bonus = lane_dot(row, r);
-    tile.read(token[K], row);
-#pragma unroll
-    for (int i = 0; i < ROWS; ++i)
-      dv[i] = tile.row_sum(fmaf(token[DY][first_row + i], bonus, lane_dot(g[i], row)));
-    if (tile.column_lane == 0 && first + t < end) {
-#pragma unroll
-      for (int i = 0; i < ROWS; ++i)
-        store_at<Element>(args.dv, ((first + t) * args.H + head) * N + first_row + i, dv[i]);
-    }
-    float dw[LANE_COLUMNS] = {}, dk[LANE_COLUMNS] = {};
-    float keep[LANE_COLUMNS], change[LANE_COLUMNS];
-    tile.read(token[KEEP], keep);
-    tile.read(token[CHANGE], change);
-#pragma unroll
-    for (int i = 0; i < ROWS; ++i) {
-      const float v = token[V][first_row + i], dy = token[DY][first_row + i];
-#pragma unroll
-      for (int j = 0; j < LANE_COLUMNS; ++j) {
-        const float after = g[i][j];
-        dw[j] = fmaf(after, history[t][i][j], dw[j]);
-        dk[j] = fmaf(after, v, dk[j]);
-        g[i][j] = fmaf(after, keep[j], fmaf(after, change[j], dy * r[j]));
-      }
-    }
-    tile.column_sum<!FIRST>(dw, sums[t][DW]);
-    tile.column_sum<!FIRST>(dk, sums[t][DK]);
-  }
+  });
 }
 
 }  // namespace
@@ -164,27 +181,31 @@ __device__ __forceinline__ void run_step(const Arguments& args, const Tile<N>& t
 
 namespace {
 
-// A head's parts of what is summed over all sequences. A channel's thread is the same everywhere.
-template <typename Args>
-__device__ __forceinline__ void store_parts(const Args& args, int64_t head_index,
-                                            const Shared& shared) {
+// A head's part of what is summed over all sequences.
+__device__ __forceinline__ void store_total(const Total& total, void* parts, int64_t head_index) {
   for (int j = threadIdx.x; j < N; j += THREADS) {
-    const int64_t to = head_index * N + j;
-    static_cast<float*>(args.du_parts)[to] = shared.du[j];
-    if constexpr (!DECAY_PER_TOKEN) {
-      const float w = load_mixed<Element>(args.w, args.w_dtype, head_index % args.H * N + j);
-      static_cast<float*>(args.dw_parts)[to] = shared.dw[j] * decay_of<DECAY>(w).slope;
-    }
+    float sum = 0;
+#pragma unroll
+    for (int part = 0; part < PARTS; ++part) sum += total.sum[part][j];
+    static_cast<float*>(parts)[head_index * N + j] = sum;
   }
 }
 
-__global__ void __launch_bounds__(THREADS, 1) backward_kernel(const Arguments args) {
+template <typename Args>
+__device__ __forceinline__ void store_totals(const Args& args, const Shared& shared) {
+  __syncthreads();  // every thread's part is there
+  store_total(shared.du, args.du_parts, blockIdx.x);
+  if constexpr (!DECAY_PER_TOKEN) store_total(shared.dw, args.dw_parts, blockIdx.x);
+}
+
+__global__ void __launch_bounds__(THREADS, BLOCKS) backward_kernel(const Arguments args) {
   extern __shared__ __align__(16) char shared_bytes[];
   Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
-  for (int j = threadIdx.x; j < N; j += THREADS)
-    shared.du[j] = shared.du_rest[j] = shared.dw[j] = shared.dw_rest[j] = 0.0f;
-  walk_back(args, blockIdx.x, shared);
-  store_parts(args, blockIdx.x, shared);
+  for (int at = threadIdx.x; at < PARTS * N; at += THREADS)
+    (&shared.du.sum[0][0])[at] = (&shared.du.rest[0][0])[at] = (&shared.dw.sum[0][0])[at] =
+        (&shared.dw.rest[0][0])[at] = 0.0f;
+  walk_back(args, shared);
+  store_totals(args, shared);
 }
 
 }  // namespace

@@ -14,36 +14,41 @@ namespace {
 
 using namespace rwkv_jit;
 
-enum Vector { R, K, V, UK, KEEP, CHANGE, VECTORS };  // UK is u * k
+constexpr int STAGE = {{stage_tokens}};
 
-// One value of each vector of a token.
+enum Vector { R, K, V, UK, D, VECTORS };  // UK is u * k
+
+// Neighbouring values of each vector of a token.
 __device__ __forceinline__ void load_token(const Arguments& args, int64_t t, int64_t head, int j,
-                                           float (&token)[VECTORS][N]) {
+                                           float (&carry)[WIDTH<STAGE>],
+                                           float (&token)[VECTORS][WIDTH<STAGE>]) {
   const int64_t row = t * args.H + head, from = row * N + j;
-  const Decay decay =
-      decay_of<DECAY>(load_mixed<Element>(args.w, args.w_dtype, decay_row(row, head) * N + j));
-  const float k = load_at<Element>(args.k, from);
-  token[R][j] = load_at<Element>(args.r, from);
-  token[K][j] = k;
-  token[V][j] = load_at<Element>(args.v, from);
-  token[UK][j] = load_mixed<Element>(args.u, args.u_dtype, head * N + j) * k;
-  token[KEEP][j] = decay.keep;
-  token[CHANGE][j] = decay.change;
+  load_at<Element>(args.r, from, token[R]);
+  load_at<Element>(args.k, from, token[K]);
+  load_at<Element>(args.v, from, token[V]);
+  load_mixed<Element>(args.u, args.u_dtype, head * N + j, token[UK]);
+  load_mixed<Element>(args.w, args.w_dtype, decay_row(row, head) * N + j, token[D]);
+#pragma unroll
+  for (int i = 0; i < WIDTH<STAGE>; ++i) {
+    token[UK][i] *= token[K][i];
+    token[D][i] = carry_rest(decay_of<DECAY>(token[D][i]), carry[i]);
+  }
 }
 
-__device__ __forceinline__ void run_token(const Tile<N>& tile, const float (&token)[VECTORS][N],
+// y's sums are those of Tile::sum_rows.
+__device__ __forceinline__ void run_token(const Tile& tile, const float (&token)[VECTORS][N],
                                           int first_row, float (&state)[ROWS][LANE_COLUMNS],
                                           float (&y)[ROWS]) {
   float v[ROWS], r[LANE_COLUMNS], uk[LANE_COLUMNS];
   tile.read(token[R], r);
   tile.read(token[UK], uk);
+  tile.read_rows(token[V] + first_row, v);
+  lane_times(state, r, y);
   const float bonus = lane_dot(uk, r);
 #pragma unroll
-  for (int i = 0; i < ROWS; ++i) {
-    v[i] = token[V][first_row + i];
-    y[i] = tile.row_sum(fmaf(v[i], bonus, lane_dot(state[i], r)));
-  }
-  advance(tile, state, v, token[KEEP], token[CHANGE], token[K]);
+  for (int i = 0; i < ROWS; ++i) y[i] = fmaf(v[i], bonus, y[i]);
+  tile.sum_rows(y);
+  advance(tile, state, v, token[D], token[K]);
 }
 
 }  // namespace

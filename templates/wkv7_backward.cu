@@ -1,9 +1,8 @@
 // wkv7 backward, token by token, in float.
 //   G_t = dL/dS_t,   g_t = G_t + dy_t r_t^T,   dsa_t = g_t b_t
 //   G_{t-1} = g_t diag(d_t) + dsa_t a_t^T
-//   dr = S_t^T dy   dv = g k   dk = g^T v   db = g^T (S_{t-1} a)   da = S_{t-1}^T dsa
-//   dd = sum over rows of g S_{t-1}, element by element
-// Sums over rows: in the warp by halving, then over warps in order.
+//   dr = S_t^T dy = d S_{t-1}^T dy + (sa . dy) b + (v . dy) k   dv = g k   dk = g^T v
+//   db = g^T sa   da = S_{t-1}^T dsa   dd = sum over rows of g S_{t-1}, element by element
 #include <cuda_runtime.h>
 
 //% include "prelude.h"
@@ -18,137 +17,157 @@ namespace {
 using namespace rwkv_jit;
 
 constexpr int STEP = {{step_tokens}};
-static_assert(L % STEP == 0, "a chunk is a whole number of steps");
 
-enum Vector { R, K, V, A, B, DY, KEEP, CHANGE, SLOPE, VECTORS };
+// SA is S_{t-1} a, and dv takes the place of dy. The first ones are what advance_state takes.
+enum Vector { K, V, A, B, D, AHEAD_VECTORS, R = AHEAD_VECTORS, DY, SLOPE, SA, VECTORS, DV = DY };
 enum Gradient { DR, DW, DK, DA, DB, GRADIENTS };  // those that are sums over rows
 
 struct Shared {
   float tokens[STEP][VECTORS][N];
   float sums[WARPS][STEP][GRADIENTS][N];  // each warp's part
+  float state[BLOCK_ROWS][N];             // before a step, or in its middle
 };
 
-// One value of each vector of a token.
-__device__ __forceinline__ void load_token(const Arguments& args, int64_t t, int64_t head, int j,
-                                           float (&token)[VECTORS][N]) {
-  const int64_t from = (t * args.H + head) * N + j;
-  const Decay decay = decay_of<DECAY>(load_mixed<Element>(args.w, args.w_dtype, from));
-  token[R][j] = load_at<Element>(args.r, from);
-  token[K][j] = load_at<Element>(args.k, from);
-  token[V][j] = load_at<Element>(args.v, from);
-  token[A][j] = load_at<Element>(args.a, from);
-  token[B][j] = load_at<Element>(args.b, from);
-  token[DY][j] = load_at<Element>(args.dy, from);
-  token[KEEP][j] = decay.keep;
-  token[CHANGE][j] = decay.change;
-  token[SLOPE][j] = decay.slope;
+// Neighbouring values of each vector of a token but SA; AHEAD: of what advance_state takes.
+template <bool AHEAD>
+__device__ __forceinline__ void load_token(const Arguments& args, int64_t row, int64_t head, int j,
+                                           float (&carry)[WIDTH<STEP>],
+                                           float (&token)[VECTORS][WIDTH<STEP>]) {
+  const int64_t from = row * N + j;
+  load_at<Element>(args.k, from, token[K]);
+  load_at<Element>(args.v, from, token[V]);
+  load_at<Element>(args.a, from, token[A]);
+  load_at<Element>(args.b, from, token[B]);
+  load_mixed<Element>(args.w, args.w_dtype, from, token[D]);
+  if constexpr (!AHEAD) {
+    load_at<Element>(args.r, from, token[R]);
+    load_at<Element>(args.dy, from, token[DY]);
+  }
+#pragma unroll
+  for (int i = 0; i < WIDTH<STEP>; ++i) {
+    const Decay decay = decay_of<DECAY>(token[D][i]);
+    token[D][i] = carry_rest(decay, carry[i]);
+    token[SLOPE][i] = decay.slope;
+  }
 }
 
-__device__ __forceinline__ void advance_state(const Tile<N>& tile, const float (&token)[VECTORS][N],
-                                              const float (&v)[ROWS],
-                                              float (&state)[ROWS][LANE_COLUMNS],
-                                              float (&sa)[ROWS]) {
-  state_times(tile, state, token[A], sa);
-  advance(tile, state, sa, v, token[KEEP], token[CHANGE], token[B], token[K]);
+// What find_products found before.
+template <typename Args>
+__device__ __forceinline__ void load_products(const Args& args, int64_t place, int j,
+                                              float (&token)[VECTORS][WIDTH<STEP>]) {
+  load_at<float>(args.products, place * N + j, token[SA]);
 }
-__device__ __forceinline__ void advance_state(const Tile<N>& tile, const float (&token)[VECTORS][N],
-                                              const float (&v)[ROWS],
-                                              float (&state)[ROWS][LANE_COLUMNS]) {
-  float sa[ROWS];
-  advance_state(tile, token, v, state, sa);
+
+// The products of the state before a token with its vectors, also for load_products.
+template <typename Args>
+__device__ __forceinline__ void find_products(const Args& args, const Tile& tile, int64_t place,
+                                              int first_row,
+                                              const float (&state)[ROWS][LANE_COLUMNS],
+                                              float (&token)[VECTORS][N]) {
+  float a[LANE_COLUMNS], sa[ROWS];
+  tile.read(token[A], a);
+  lane_times(state, a, sa);
+  tile.sum_rows(sa);
+  if (tile.has_rows()) {
+#pragma unroll
+    for (int i = 0; i < Tile::PAIR; ++i) {
+      const int row = first_row + tile.row(i);
+      token[SA][row] = static_cast<float*>(args.products)[place * N + row] = sa[i];
+    }
+  }
+  __syncwarp();
+}
+
+__device__ __forceinline__ void advance_state(const Tile& tile, const float (&token)[VECTORS][N],
+                                              int first_row, float (&state)[ROWS][LANE_COLUMNS]) {
+  float v[ROWS], sa[ROWS];
+  tile.read_rows(token[V] + first_row, v);
+  tile.read_rows(token[SA] + first_row, sa);
+  advance(tile, state, sa, v, token[D], token[B], token[K]);
+}
+
+// Takes g = G_t to G_{t-1}, with the state before the token. The gradients that are sums over rows
+// are added up over rows of this warp, and over those that had their turn before with `add`.
+__device__ __forceinline__ void take_back(const Tile& tile, int first_row, int t, bool add,
+                                          const float (&state)[ROWS][LANE_COLUMNS],
+                                          float (&g)[ROWS][LANE_COLUMNS], Shared& shared) {
+  float (&token)[VECTORS][N] = shared.tokens[t];
+  float (&sums)[GRADIENTS][N] = shared.sums[threadIdx.x / 32][t];
+  float x[LANE_COLUMNS], d[LANE_COLUMNS], sum[LANE_COLUMNS], dy[ROWS], v[ROWS], sa[ROWS];
+
+  tile.read(token[R], x);
+  tile.read_rows(token[DY] + first_row, dy);
+#pragma unroll
+  for (int i = 0; i < ROWS; ++i)
+#pragma unroll
+    for (int j = 0; j < LANE_COLUMNS; ++j) g[i][j] = fmaf(dy[i], x[j], g[i][j]);
+  float b[LANE_COLUMNS], dsa[ROWS], dv[ROWS];
+  tile.read(token[B], b);
+  lane_times(g, b, dsa);
+  tile.sum_rows(dsa);
+  tile.read(token[K], x);
+  lane_times(g, x, dv);
+  tile.sum_rows(dv);
+  __syncwarp();  // dy has been read
+  if (tile.has_rows()) {
+#pragma unroll
+    for (int i = 0; i < Tile::PAIR; ++i) token[DV][first_row + tile.row(i)] = dv[i];
+  }
+
+  tile.read_rows(token[V] + first_row, v);
+  tile.read_rows(token[SA] + first_row, sa);
+  float sa_dy = 0, v_dy = 0;
+#pragma unroll
+  for (int i = 0; i < ROWS; ++i) {
+    sa_dy = fmaf(sa[i], dy[i], sa_dy);
+    v_dy = fmaf(v[i], dy[i], v_dy);
+  }
+  sum_products(g, state, sum);
+  tile.sum_columns(sum, sums[DW], add);
+  tile.read(token[D], d);
+  times_lane(dy, state, sum);
+#pragma unroll
+  for (int j = 0; j < LANE_COLUMNS; ++j)
+    sum[j] = fmaf(sum[j], d[j], fmaf(sa_dy, b[j], v_dy * x[j]));
+  tile.sum_columns(sum, sums[DR], add);
+  times_lane(v, g, sum);
+  tile.sum_columns(sum, sums[DK], add);
+  times_lane(sa, g, sum);
+  tile.sum_columns(sum, sums[DB], add);
+  tile.share_rows(dsa);
+  times_lane(dsa, state, sum);
+  tile.sum_columns(sum, sums[DA], add);
+
+  tile.read(token[A], x);
+#pragma unroll
+  for (int i = 0; i < ROWS; ++i)
+#pragma unroll
+    for (int j = 0; j < LANE_COLUMNS; ++j) g[i][j] = fmaf(g[i][j], d[j], dsa[i] * x[j]);
 }
 
 // Adds up the warps' parts and writes the gradients of a step's tokens.
-__device__ __forceinline__ void store_gradients(const Arguments& args, int64_t first, int64_t end,
-                                                int64_t head, const Shared& shared) {
-  __syncthreads();  // every warp's part is there
-  for (int at = threadIdx.x; at < STEP * N; at += THREADS) {
-    const int t = at / N, j = at % N;
-    if (first + t >= end) continue;
-    float sums[GRADIENTS] = {};
-    for (int warp = 0; warp < WARPS; ++warp)
+__device__ __forceinline__ void store_gradients(const Arguments& args, const Chunk& chunk, int step,
+                                                const Shared& shared) {
+  for_my_channels<STEP>([&](int, int t, int j) {
+    if (step * STEP + t >= chunk.count) return;
+    const int64_t to = (chunk.first + (step * STEP + t) * args.H) * N + j;
+    float sum[WIDTH<STEP>], slope[WIDTH<STEP>];
+    sum_warps(shared.sums, t, DR, j, sum);
+    store_at<Element>(args.dr, to, sum);
+    sum_warps(shared.sums, t, DK, j, sum);
+    store_at<Element>(args.dk, to, sum);
+    sum_warps(shared.sums, t, DA, j, sum);
+    store_at<Element>(args.da, to, sum);
+    sum_warps(shared.sums, t, DB, j, sum);
+    store_at<Element>(args.db, to, sum);
+    sum_warps(shared.sums, t, DW, j, sum);
+    load_at<float>(shared.tokens[t][SLOPE], j, slope);
 #pragma unroll
-      for (int gradient = 0; gradient < GRADIENTS; ++gradient)
-        sums[gradient] += shared.sums[warp][t][gradient][j];
-    const int64_t to = ((first + t) * args.H + head) * N + j;
-    const float dw = sums[DW] * shared.tokens[t][SLOPE][j];
-    store_at<Element>(args.dr, to, sums[DR]);
-    store_at<Element>(args.dk, to, sums[DK]);
-    store_at<Element>(args.da, to, sums[DA]);
-    store_at<Element>(args.db, to, sums[DB]);
-    store_mixed<Element>(args.dw, args.dw_dtype, to, dw);
-  }
-}
-
-// A step of one group of rows: forward from `state`, then `g` backward. FIRST writes the sums over
-// rows, the groups after it add to them.
-template <bool FIRST>
-__device__ __forceinline__ void run_step(const Arguments& args, const Tile<N>& tile, int64_t first,
-                                         int64_t end, int64_t head, int first_row,
-                                         float (&state)[ROWS][LANE_COLUMNS],
-                                         float (&g)[ROWS][LANE_COLUMNS], Shared& shared) {
-  float (&sums)[STEP][GRADIENTS][N] = shared.sums[threadIdx.x / 32];
-  float history[STEP][ROWS][LANE_COLUMNS], sa[STEP][ROWS];
-#pragma unroll
-  for (int t = 0; t < STEP; ++t) {
-    float (&token)[VECTORS][N] = shared.tokens[t];
-    float v[ROWS], dy[ROWS], dr[LANE_COLUMNS] = {};
-#pragma unroll
-    for (int i = 0; i < ROWS; ++i) {
-      v[i] = token[V][first_row + i];
-      dy[i] = token[DY][first_row + i];
-#pragma unroll
-      for (int j = 0; j < LANE_COLUMNS; ++j) history[t][i][j] = state[i][j];
-    }
-    advance_state(tile, token, v, state, sa[t]);
-#pragma unroll
-    for (int i = 0; i < ROWS; ++i)
-#pragma unroll
-      for (int j = 0; j < LANE_COLUMNS; ++j) dr[j] = fmaf(state[i][j], dy[i], dr[j]);
-    tile.column_sum<!FIRST>(dr, sums[t][DR]);
-  }
-#pragma unroll
-  for (int t = STEP - 1; t >= 0; --t) {
-    float (&token)[VECTORS][N] = shared.tokens[t];
-    float dv[ROWS], dsa[ROWS], row[LANE_COLUMNS];
-    tile.read(token[R], row);
-#pragma unroll
-    for (int i = 0; i < ROWS; ++i) {
-      const float dy = token[DY][first_row + i];
-#pragma unroll
-      for (int j = 0; j < LANE_COLUMNS; ++j) g[i][j] = fmaf(dy, row[j], g[i][j]);
-    }
-    state_times(tile, g, token[K], dv);
-    state_times(tile, g, token[B], dsa);
-    if (tile.column_lane == 0 && first + t < end) {
-#pragma unroll
-      for (int i = 0; i < ROWS; ++i)
-        store_at<Element>(args.dv, ((first + t) * args.H + head) * N + first_row + i, dv[i]);
-    }
-    float dw[LANE_COLUMNS] = {}, dk[LANE_COLUMNS] = {}, da[LANE_COLUMNS] = {},
-          db[LANE_COLUMNS] = {};
-    float keep[LANE_COLUMNS], change[LANE_COLUMNS];
-    tile.read(token[A], row);
-    tile.read(token[KEEP], keep);
-    tile.read(token[CHANGE], change);
-#pragma unroll
-    for (int i = 0; i < ROWS; ++i) {
-      const float v = token[V][first_row + i];
-#pragma unroll
-      for (int j = 0; j < LANE_COLUMNS; ++j) {
-        const float sum = g[i][j], s = history[t][i][j];
-        dw[j] = fmaf(sum, s, dw[j]);
-        dk[j] = fmaf(sum, v, dk[j]);
-        da[j] = fmaf(s, dsa[i], da[j]);
-        db[j] = fmaf(sum, sa[t][i], db[j]);
-        g[i][j] = fmaf(sum, keep[j], fmaf(sum, change[j], dsa[i] * row[j]));
-      }
-    }
-    tile.column_sum<!FIRST>(dw, sums[t][DW]);
-    tile.column_sum<!FIRST>(dk, sums[t][DK]);
-    tile.column_sum<!FIRST>(da, sums[t][DA]);
-    tile.column_sum<!FIRST>(db, sums[t][DB]);
-  }
+    for (int i = 0; i < WIDTH<STEP>; ++i) sum[i] *= slope[i];
+    store_mixed<Element>(args.dw, args.dw_dtype, to, sum);
+    load_at<float>(shared.tokens[t][DV], j, sum);
+    store_at<Element>(args.dv, to, sum);
+  });
 }
 
 }  // namespace
@@ -157,9 +176,9 @@ __device__ __forceinline__ void run_step(const Arguments& args, const Tile<N>& t
 
 namespace {
 
-__global__ void __launch_bounds__(THREADS, 1) backward_kernel(const Arguments args) {
+__global__ void __launch_bounds__(THREADS, BLOCKS) backward_kernel(const Arguments args) {
   extern __shared__ __align__(16) char shared_bytes[];
-  walk_back(args, blockIdx.x, *reinterpret_cast<Shared*>(shared_bytes));
+  walk_back(args, *reinterpret_cast<Shared*>(shared_bytes));
 }
 
 }  // namespace

@@ -13,31 +13,40 @@ namespace {
 
 using namespace rwkv_jit;
 
-enum Vector { R, K, V, A, B, KEEP, CHANGE, VECTORS };
+constexpr int STAGE = {{stage_tokens}};
 
-// One value of each vector of a token.
+enum Vector { R, K, V, A, B, D, VECTORS };
+
+// Neighbouring values of each vector of a token.
 __device__ __forceinline__ void load_token(const Arguments& args, int64_t t, int64_t head, int j,
-                                           float (&token)[VECTORS][N]) {
+                                           float (&carry)[WIDTH<STAGE>],
+                                           float (&token)[VECTORS][WIDTH<STAGE>]) {
   const int64_t from = (t * args.H + head) * N + j;
-  const Decay decay = decay_of<DECAY>(load_mixed<Element>(args.w, args.w_dtype, from));
-  token[R][j] = load_at<Element>(args.r, from);
-  token[K][j] = load_at<Element>(args.k, from);
-  token[V][j] = load_at<Element>(args.v, from);
-  token[A][j] = load_at<Element>(args.a, from);
-  token[B][j] = load_at<Element>(args.b, from);
-  token[KEEP][j] = decay.keep;
-  token[CHANGE][j] = decay.change;
+  load_at<Element>(args.r, from, token[R]);
+  load_at<Element>(args.k, from, token[K]);
+  load_at<Element>(args.v, from, token[V]);
+  load_at<Element>(args.a, from, token[A]);
+  load_at<Element>(args.b, from, token[B]);
+  load_mixed<Element>(args.w, args.w_dtype, from, token[D]);
+#pragma unroll
+  for (int i = 0; i < WIDTH<STAGE>; ++i)
+    token[D][i] = carry_rest(decay_of<DECAY>(token[D][i]), carry[i]);
 }
 
-__device__ __forceinline__ void run_token(const Tile<N>& tile, const float (&token)[VECTORS][N],
+// y's sums are those of Tile::sum_rows.
+__device__ __forceinline__ void run_token(const Tile& tile, const float (&token)[VECTORS][N],
                                           int first_row, float (&state)[ROWS][LANE_COLUMNS],
                                           float (&y)[ROWS]) {
-  float v[ROWS], sa[ROWS];
-#pragma unroll
-  for (int i = 0; i < ROWS; ++i) v[i] = token[V][first_row + i];
-  state_times(tile, state, token[A], sa);
-  advance(tile, state, sa, v, token[KEEP], token[CHANGE], token[B], token[K]);
-  state_times(tile, state, token[R], y);
+  float x[LANE_COLUMNS], v[ROWS], sa[ROWS];
+  tile.read(token[A], x);
+  lane_times(state, x, sa);
+  tile.sum_rows(sa);
+  tile.share_rows(sa);
+  tile.read_rows(token[V] + first_row, v);
+  advance(tile, state, sa, v, token[D], token[B], token[K]);
+  tile.read(token[R], x);
+  lane_times(state, x, y);
+  tile.sum_rows(y);
 }
 
 }  // namespace

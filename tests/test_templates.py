@@ -112,7 +112,8 @@ def assert_nothing_spills(config: OpConfig, entry: str, folder: Path) -> None:
 TARGETS = [
     *((arch, size, "bf16") for arch in CUDA_ARCHES for size in (64, 128)),
     *(("sm80", size, "fp16") for size in CUDA_HEAD_SIZES),
-    ("sm90a", 128, "fp32"),
+    *(("sm90a", size, "fp32") for size in (64, 128)),
+    *((arch, 64, "fp32") for arch in ("sm80", "sm120")),
 ]
 # wkv5 has the templates of wkv6, but for the decays on tensor cores.
 FEWER_TARGETS = [*((arch, 64, "bf16") for arch in CUDA_ARCHES), ("sm80", 256, "fp16")]

@@ -12,22 +12,31 @@ CUDA_DTYPES = ("bf16", "fp16", "fp32")
 CPU_DTYPES = (*CUDA_DTYPES, "fp64")
 CHUNK_LENGTHS = (16, 32, 64)
 
-# Lanes own tiles of rows x columns of the state; a head of more rows than one block's registers
-# hold is worked off in groups of rows (forward: by other blocks, backward: one after another).
+# Lanes own tiles of rows x columns of the state, in both entries the same, as the checkpoints lie
+# in their order. A head of more rows than one block's registers hold is worked off in groups of
+# rows (forward: by other blocks, backward: one after another). `blocks` share a multiprocessor.
+_ROWS_PER_LANE = {16: 1, 32: 2, 64: 4, 128: 8, 256: 8}
 _FORWARD_TILES = {
-    16: {"warps": 1, "rows_per_lane": 1, "stage_tokens": 16},
-    32: {"warps": 2, "rows_per_lane": 2, "stage_tokens": 16},
-    64: {"warps": 4, "rows_per_lane": 4, "stage_tokens": 16},
-    128: {"warps": 8, "rows_per_lane": 4, "stage_tokens": 8},
-    256: {"warps": 8, "rows_per_lane": 4, "stage_tokens": 4},
+    16: {"warps": 1, "stage_tokens": 16},
+    32: {"warps": 2, "stage_tokens": 16},
+    64: {"warps": 4, "stage_tokens": 16},
+    128: {"warps": 4, "stage_tokens": 8},
+    256: {"warps": 8, "stage_tokens": 4},
 }
 _BACKWARD_TILES = {
-    16: {"warps": 1, "rows_per_lane": 1, "step_tokens": 4},
-    32: {"warps": 2, "rows_per_lane": 2, "step_tokens": 4},
-    64: {"warps": 8, "rows_per_lane": 2, "step_tokens": 4},
-    128: {"warps": 8, "rows_per_lane": 2, "step_tokens": 2},
-    256: {"warps": 4, "rows_per_lane": 2, "step_tokens": 2},
+    16: {"warps": 1, "blocks": 4},
+    32: {"warps": 2, "blocks": 4},
+    64: {"warps": 4, "blocks": 4},
+    128: {"warps": 4, "blocks": 2},
+    256: {"warps": 2, "blocks": 2},
 }
+_STEP_TOKENS = 4  # the states kept of a chunk are a quarter of its tokens
+_STATES = TensorSpec(
+    name="states",
+    shape=("S", "H", "Q", "N", "N"),
+    dtype=("accumulator",),
+    meaning="the state before each step of a chunk",
+)
 _DSTATE = TensorSpec(
     name="dstate",
     shape=STATE,
@@ -39,13 +48,15 @@ _DSTATE = TensorSpec(
 def recurrence_variants(
     templates: str,
     constants: Mapping[str, int],
-    backward_scratch: tuple[TensorSpec, ...],
+    backward_scratch: tuple[TensorSpec, ...] = (),
+    cuda_scratch: tuple[TensorSpec, ...] = (),
 ) -> tuple[KernelVariant, ...]:
     """The variants of `<templates>_forward.cpp`, `_backward.cpp`, `_forward.cu` and
     `_backward.cu`.
 
     constants: what the templates take beside their sizes.
     backward_scratch: tensors that both backward launchers need.
+    cuda_scratch: tensors that the CUDA one needs beside them.
     """
     cpu = [
         KernelVariant(
@@ -67,7 +78,11 @@ def recurrence_variants(
         head_sizes=tuple(_FORWARD_TILES),
         dtypes=CUDA_DTYPES,
         chunk_lengths=CHUNK_LENGTHS,
-        constants=lambda config: {**_FORWARD_TILES[config.head_size], **constants},
+        constants=lambda config: {
+            "rows_per_lane": _ROWS_PER_LANE[config.head_size],
+            **_FORWARD_TILES[config.head_size],
+            **constants,
+        },
     )
     backward = [
         KernelVariant(
@@ -77,8 +92,13 @@ def recurrence_variants(
             head_sizes=head_sizes,
             dtypes=CUDA_DTYPES,
             chunk_lengths=CHUNK_LENGTHS,
-            constants=lambda config: {**_BACKWARD_TILES[config.head_size], **constants},
-            scratch=(*backward_scratch, *waiting),
+            constants=lambda config: {
+                "rows_per_lane": _ROWS_PER_LANE[config.head_size],
+                **_BACKWARD_TILES[config.head_size],
+                "step_tokens": _STEP_TOKENS,
+                **constants,
+            },
+            scratch=(*backward_scratch, *cuda_scratch, _STATES, *waiting),
         )
         for head_sizes, waiting in (((16, 32, 64), ()), ((128, 256), (_DSTATE,)))
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..config import OpConfig
-from ..spec import EntrySpec, OpSpec
+from ..spec import EntrySpec, OpSpec, TensorSpec
 from .chunked import Block, Chunked
 from .recurrence import recurrence_variants
 from .tensors import (
@@ -28,6 +28,12 @@ from .tensors import (
 _A = token("a", "first vector of the rank-1 update; -kk in the model")
 _B = token("b", "second vector of the rank-1 update; kk * a_gate in the model")
 _TOKENS = (R, W, K, V, _A, _B)
+_PRODUCTS = TensorSpec(
+    name="products",
+    shape=("S", "H", "L", "N"),
+    dtype=("accumulator",),
+    meaning="state times a, of the tokens of a chunk",
+)
 
 
 # On tensor cores, by what shared memory allows; the first that fits is used.
@@ -76,6 +82,6 @@ WKV7 = OpSpec(
             for row in _CHUNKED
             for variant in row.variants("wkv7", _chunked_constants, uses_bound=True)
         ),
-        *recurrence_variants("wkv7", constants={}, backward_scratch=()),
+        *recurrence_variants("wkv7", constants={}, cuda_scratch=(_PRODUCTS,)),
     ),
 )

@@ -134,11 +134,19 @@ ADVERSARIAL: dict[str, tuple[str, Callable[[str, int], Call]]] = {
         lambda op, n: random_call(1, 4096, 4, n, op=op, identical=True),
     ),
     "a long sequence": ("loglog", lambda op, n: random_call(1, 4097, 1, n, op=op)),
+    "one decay near one over a long sequence": (
+        "loglog",
+        lambda op, n: random_call(
+            1, 4097, 1, n, op=op, w=torch.full(w_shape(op, 1, 4097, 1, n), -9.0)
+        ),
+    ),
 }
 
 
 @on_each_device
-@pytest.mark.parametrize(("dtype", "size"), [("fp32", 32), ("bf16", 32), ("bf16", 64)])
+@pytest.mark.parametrize(
+    ("dtype", "size"), [("fp32", 32), ("fp32", 64), ("bf16", 32), ("bf16", 64)]
+)
 @pytest.mark.parametrize(
     ("name", "case"),
     [(name, case) for name in OPS for case in ADVERSARIAL if serves(name, ADVERSARIAL[case][0])],

@@ -6,16 +6,25 @@
 
 namespace rwkv_jit {
 
-// A token's decay factor d for one key channel, as keep + change with keep 0 or 1: the state is
-// advanced as keep * S + (change * S + ...), which loses no digits of d near 1 or of the rest where
-// d is near 0. slope is dd/dw.
+// A token's decay factor for one key channel: d + rest, where rest is what rounding takes from a
+// factor near 1. slope is dd/dw.
 struct Decay {
-  float keep, change, slope;
+  float d, rest, slope;
 };
 
 __device__ __forceinline__ Decay split_decay(float d, float less_one, float slope) {
-  const bool near_one = !(less_one < -0.5f);
-  return {near_one ? 1.0f : 0.0f, near_one ? less_one : d, slope};
+  if (less_one < -0.5f) return {d, 0.0f, slope};
+  d = 1.0f + less_one;
+  return {d, less_one - (d - 1.0f), slope};
+}
+
+// The factor to multiply by, one token after the other. What rounding takes from one goes into the
+// next, so that over any number of tokens the error stays that of a few roundings.
+__device__ __forceinline__ float carry_rest(const Decay& decay, float& carry) {
+  const float rest = decay.rest + carry, d = decay.d + rest;
+  const bool near_one = !(decay.d < 0.5f);
+  carry = near_one ? rest - (d - decay.d) : 0.0f;
+  return near_one ? d : decay.d;
 }
 
 template <DecayKind KIND>

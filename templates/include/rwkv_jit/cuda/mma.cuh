@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "rwkv_jit/cuda/copy.cuh"
+
 namespace rwkv_jit {
 
 // A 16 x 8 product: (g, 2q), (g, 2q + 1), (g + 8, 2q), (g + 8, 2q + 1).
@@ -66,10 +68,6 @@ __device__ __forceinline__ OperandA to_operand(const Accumulator& left, const Ac
           pack(right[2], right[3])};
 }
 
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
 // The four 8 x 8 matrices of a 16 x 16 block of bf16: left ones first, or (not DOWN) upper ones
 // first; each transposed if TURNED.
 template <int STRIDE, bool DOWN, bool TURNED>
@@ -118,13 +116,6 @@ __device__ __forceinline__ OperandB to_second(const OperandA& a) {
   return {turned(a.at[0]), turned(a.at[1]), turned(a.at[2]), turned(a.at[3])};
 }
 
-// Sixteen bytes to shared memory, or zeros where `valid` is false; not there before copies_done().
-__device__ __forceinline__ void copy_async(void* to, const void* from, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
-               "r"(valid ? 16 : 0));
-}
-__device__ __forceinline__ void copies_done() { asm volatile("cp.async.wait_all;"); }
-
 // Waits at a numbered barrier for THREADS threads to come, or to have passed arrive_at.
 template <int THREADS>
 __device__ __forceinline__ void wait_at(int barrier) {
@@ -134,11 +125,6 @@ template <int THREADS>
 __device__ __forceinline__ void arrive_at(int barrier) {
   __threadfence_block();
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "n"(THREADS) : "memory");
-}
-
-// Asks for a line of 128 bytes that is read soon.
-__device__ __forceinline__ void prefetch(const void* from) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
 }
 
 __device__ __forceinline__ float exp2_fast(float x) {
