@@ -17,8 +17,8 @@ __device__ __forceinline__ float lane_dot(const float (&left)[LANE_COLUMNS],
 }
 
 // S a, one value a row, in every lane of the row.
-template <int N, int ROWS>
-__device__ __forceinline__ void state_times(const Tile<N>& tile,
+template <typename Lanes, int ROWS>
+__device__ __forceinline__ void state_times(const Lanes& tile,
                                             const float (&state)[ROWS][LANE_COLUMNS],
                                             const float* vector, float (&product)[ROWS]) {
   float x[LANE_COLUMNS];
@@ -28,8 +28,8 @@ __device__ __forceinline__ void state_times(const Tile<N>& tile,
 }
 
 // S <- S diag(d) + sa b^T + v k^T.
-template <int N, int ROWS>
-__device__ __forceinline__ void advance(const Tile<N>& tile, float (&state)[ROWS][LANE_COLUMNS],
+template <typename Lanes, int ROWS>
+__device__ __forceinline__ void advance(const Lanes& tile, float (&state)[ROWS][LANE_COLUMNS],
                                         const float (&sa)[ROWS], const float (&v)[ROWS],
                                         const float* keep_row, const float* change_row,
                                         const float* b_row, const float* k_row) {
@@ -48,8 +48,8 @@ __device__ __forceinline__ void advance(const Tile<N>& tile, float (&state)[ROWS
 }
 
 // S <- S diag(d) + v k^T.
-template <int N, int ROWS>
-__device__ __forceinline__ void advance(const Tile<N>& tile, float (&state)[ROWS][LANE_COLUMNS],
+template <typename Lanes, int ROWS>
+__device__ __forceinline__ void advance(const Lanes& tile, float (&state)[ROWS][LANE_COLUMNS],
                                         const float (&v)[ROWS], const float* keep_row,
                                         const float* change_row, const float* k_row) {
   float keep[LANE_COLUMNS], change[LANE_COLUMNS], k[LANE_COLUMNS];

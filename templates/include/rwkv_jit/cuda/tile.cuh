@@ -1,6 +1,6 @@
 #pragma once
 // How a warp's lanes share rows of the state S [value, key]: COLUMN_LANES lanes side by side hold a
-// row, each eight keys of it in two groups of four; lanes one above the other hold other rows.
+// row, each eight keys of it in groups of GROUP; lanes one above the other hold other rows.
 #include <cstdint>
 
 namespace rwkv_jit {
@@ -8,10 +8,11 @@ namespace rwkv_jit {
 constexpr unsigned ALL_LANES = 0xffffffffu;
 constexpr int LANE_COLUMNS = 8;
 
-template <int N>
+template <int N, int GROUP = 4>
 struct Tile {
   static constexpr int COLUMN_LANES = N / LANE_COLUMNS;
   static constexpr int ROW_LANES = 32 / COLUMN_LANES;
+  static constexpr int KEYS = GROUP;  // of a lane, side by side
   static_assert(COLUMN_LANES * ROW_LANES == 32, "N is a power of two from 16 to 256");
 
   int column_lane, row_lane;
@@ -19,9 +20,10 @@ struct Tile {
   __device__ __forceinline__ Tile()
       : column_lane(threadIdx.x % COLUMN_LANES), row_lane(threadIdx.x % 32 / COLUMN_LANES) {}
 
-  // The key that this lane holds in place `at` of 0..7.
-  __device__ __forceinline__ int column(int at) const {
-    return at / 4 * (N / 2) + column_lane * 4 + at % 4;
+  // The key that this lane holds in place `at` of 0..7, and how far that is from its first.
+  __device__ __forceinline__ int column(int at) const { return column_lane * GROUP + past(at); }
+  static __device__ __forceinline__ constexpr int past(int at) {
+    return at / GROUP * (COLUMN_LANES * GROUP) + at % GROUP;
   }
 
   // This lane's eight values of a row of N floats; 16-byte reads, free of bank conflicts.
