@@ -216,9 +216,7 @@ class _Launcher:
         first, state = tensors[0], tensors[self._state_at]
         device = first.device
         kernel = KERNELS.get(self._slug, ENTRY)
-        if device.type == "cpu" or (
-            self._debug and not torch.cuda.is_current_stream_capturing()
-        ):
+        if device.type == "cpu" or (self._debug and not torch.cuda.is_current_stream_capturing()):
             check_slots(self._spec.name, tensors[self._indices_at], state.shape[0])
         y = torch.empty_like(first)
         batch, length, heads, _ = first.shape

@@ -268,4 +268,3 @@ def _device_arch(device: torch.device | str | int | None, current_gpu: int | Non
             "pass arch= to build for a GPU that is elsewhere"
         )
     return cuda_arch_of_capability(*torch.cuda.get_device_capability(device))
-

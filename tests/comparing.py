@@ -9,7 +9,12 @@ import torch
 
 from rwkv_jit import Op
 from rwkv_jit.launch import TORCH_DTYPES
+from rwkv_jit.ops import SPECS
 from rwkv_jit.reference import REFERENCES
+
+# Operators on whole sequences, and those for serving.
+SEQUENCE_OPS = tuple(name for name, spec in SPECS.items() if "forward" in spec.entries)
+DECODE_OPS = tuple(name for name, spec in SPECS.items() if "decode" in spec.entries)
 
 # Relative RMS error allowed, by the operator's dtype: outputs, gradients, gradient of w.
 TOLERANCES: Mapping[str, tuple[float, float, float]] = {

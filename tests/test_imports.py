@@ -52,6 +52,7 @@ FLOW = (
     "reference",
     "arguments",
     "autograd",
+    "decode",
     "registry",
     "bench.cases",
     "bench.inputs",

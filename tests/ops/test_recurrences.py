@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from comparing import (
+    SEQUENCE_OPS,
     TOLERANCES,
     Call,
     assert_matches_reference,
@@ -22,7 +23,7 @@ from rwkv_jit.launch import TORCH_DTYPES
 from rwkv_jit.ops import SPECS
 from rwkv_jit.reference import REFERENCES
 
-OPS = tuple(SPECS)
+OPS = SEQUENCE_OPS
 DEVICES = [
     pytest.param("cpu", id="cpu"),
     pytest.param("cuda", id="cuda", marks=pytest.mark.gpu),
