@@ -95,7 +95,7 @@ def cast_for_autocast(spec: OpSpec, config: OpConfig, values: dict[str, Any]) ->
 
 
 def widen(inputs: Sequence[TensorSpec], config: OpConfig, values: dict[str, Any]) -> None:
-    """Give tensors that came without their last axis, which is then the same along it, that axis."""
+    """Give tensors that came without their last axis, along which they are the same, that axis."""
     for tensor in inputs:
         if tensor.last_axis_optional and values[tensor.name].dim() < len(tensor.shape):
             narrow = values[tensor.name][..., None]

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 
 from .arch import cuda_arch_of_capability, host_cpu_arch, is_cuda, parse_arch
 from .arguments import bind, cast_for_autocast, check_arguments, dtype_of, widen
 from .autograd import torch_ops
-from .decode import DecodeOp
 from .config import DEFAULT_CHUNK_LENGTH, OpConfig, default_state_dtype
-from .errors import ArgumentError, ConfigError
+from .decode import DecodeOp
+from .errors import ConfigError
 from .launch import TORCH_DTYPES, announce_reference, dtype_name
 from .loader import KERNELS
 from .ops import SPECS, get_spec
@@ -151,6 +151,22 @@ class Op:
         return y.to(TORCH_DTYPES[self.config.dtype]), final_state
 
 
+@overload
+def get_op(  # type: ignore[overload-overlap]
+    name: Literal["wkv5_decode", "wkv6_decode", "wkv7_decode"],
+    *,
+    head_size: int,
+    dtype: torch.dtype,
+    device: torch.device | str | int | None = None,
+    arch: str | None = None,
+    decay: str = "loglog",
+    state_dtype: torch.dtype | None = None,
+    state_layout: str = "vk",
+    build: str = "auto",
+) -> DecodeOp: ...
+
+
+@overload
 def get_op(
     name: str = "wkv7",
     *,
@@ -164,10 +180,26 @@ def get_op(
     state_layout: str = "vk",
     checkpoint_dtype: torch.dtype | None = None,
     build: str = "auto",
-) -> Op:
+) -> Op: ...
+
+
+def get_op(
+    name: str = "wkv7",
+    *,
+    head_size: int,
+    dtype: torch.dtype,
+    chunk_length: int | None = None,
+    device: torch.device | str | int | None = None,
+    arch: str | None = None,
+    decay: str = "loglog",
+    state_dtype: torch.dtype | None = None,
+    state_layout: str = "vk",
+    checkpoint_dtype: torch.dtype | None = None,
+    build: str = "auto",
+) -> Op | DecodeOp:
     """The operator of one configuration. The same configuration is the same object.
 
-    name: one of `list_ops()`.
+    name: one of `list_ops()`; "wkv7_decode" and the like, for serving, are a DecodeOp.
     head_size: N. On a CPU a multiple of 8 up to 256; on a GPU 16, 32, 64, 128 or 256.
     dtype: of the tokens' vectors and y: bfloat16, float16 or float32, on a CPU float64 too.
     chunk_length: L, tokens that a kernel takes together, or that lie between the states kept for
@@ -213,7 +245,7 @@ def _get_op(
     checkpoint_dtype: torch.dtype | None,
     build: str,
     current_gpu: int | None,
-) -> Op:
+) -> Op | DecodeOp:
     if build not in BUILD_POLICIES:
         raise ConfigError(
             f"{name}: build={build!r} is not known; choose from {', '.join(BUILD_POLICIES)}"

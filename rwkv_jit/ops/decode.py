@@ -23,7 +23,7 @@ _STATE_INDICES = TensorSpec(
     name="state_indices",
     shape=("B",),
     dtype=("int32",),
-    meaning="each row's slot, every slot once; -1 skips a row, whose y is 0. Row i has slot i if None",
+    meaning="each row's slot, none twice; -1 skips a row, whose y is 0; row i has slot i if None",
     optional=True,
 )
 # Tokens that a block of threads has in shared memory, and rows of the state in a lane's registers.
