@@ -54,6 +54,7 @@ FLOW = (
     "autograd",
     "decode",
     "registry",
+    "pool",
     "bench.cases",
     "bench.inputs",
     "bench.gate",
