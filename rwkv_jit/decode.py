@@ -6,39 +6,25 @@ goes through the registered op (`rwkv_jit::wkv7_decode`), which says that it cha
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from .arch import is_cuda
-from .arguments import (
-    allowed_dtypes,
-    bind,
-    cast_for_autocast,
-    check_arguments,
-    check_slots,
-    widen,
-)
-from .autograd import register
+from .arguments import bind, cast_for_autocast, check_arguments, widen
 from .config import OpConfig, default_state_dtype
+from .decode_launch import ENTRY, launcher, registered
 from .errors import ArgumentError
-from .launch import (
-    ALIGNMENT,
-    TORCH_DTYPES,
-    announce_reference,
-    current_stream,
-    dtype_code,
-    launchable,
-)
+from .launch import ALIGNMENT, TORCH_DTYPES, announce_reference
 from .loader import KERNELS
 from .ops import get_spec
 from .reference import REFERENCES
 from .settings import current_settings
 
-ENTRY = "decode"
 _MOST_SIGNATURES = 1024
+_INDICES = frozenset({"state_indices"})
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
@@ -54,12 +40,13 @@ class DecodeOp:
         self._slug = config.slug
         self._inputs = self._spec.parameters
         self._state_at = self._inputs.index("state")
+        self._count = len(self._inputs)
         self._device_type = "cuda" if is_cuda(config.arch) else "cpu"
         self._runs_reference = current_settings().mode == "reference"
-        self._registered = _registered(config.op)
-        self._launcher = _launcher(self._slug)
+        self._registered = registered(config.op)
+        self._launcher = launcher(self._slug)
         # What tensors of calls that were found right are like, by what tells such calls apart.
-        self._known: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+        self._known: dict[tuple[Any, ...], _Known] = {}
 
     def __repr__(self) -> str:
         return f"<rwkv_jit.DecodeOp {self._slug}>"
@@ -82,12 +69,15 @@ class DecodeOp:
         GPU, that includes the values of state_indices; else looking at them would wait for the GPU:
         a row whose index is no slot is skipped, and a slot that is there twice is left undefined.
         """
-        if kwargs or len(args) != len(self._inputs):
-            args = self._positional(args, kwargs)
+        if kwargs or len(args) != self._count:
+            if len(args) == self._count - 1 and kwargs.keys() <= _INDICES:
+                args = (*args, kwargs.get("state_indices"))
+            else:
+                args = self._positional(args, kwargs)
         if not torch.compiler.is_compiling():
-            pointers = self._pointers(args)
-            if pointers is not None:
-                return self._launcher.run(args, pointers)
+            y = self._run_as_it_is(args)
+            if y is not None:
+                return y
         return self._run(args)
 
     def load(self) -> None:
@@ -111,36 +101,35 @@ class DecodeOp:
             bind(self._spec, args, kwargs)
         return (*args, *(kwargs.get(name) for name in rest))
 
-    def _pointers(self, tensors: Sequence[Any]) -> list[int] | None:
-        """Where the tensors are, if they can be launched on as they are; else None."""
-        if _watched():
-            return None
+    def _run_as_it_is(self, tensors: Sequence[Any]) -> torch.Tensor | None:
+        """A call with nothing to convert and nobody to see it, of sizes found right before; None
+        for any other. Each line costs the host, at every call."""
         first, state, indices = tensors[0], tensors[self._state_at], tensors[-1]
-        if type(first) not in _PLAIN or type(state) not in _PLAIN:
+        if type(first) not in _PLAIN or type(state) not in _PLAIN or _watched():
             return None
-        device = first.device
+        device = first.get_device()
         known = self._known.get((first.shape, state.shape, indices is None, device))
         if known is None:
             return None
-        grad = torch.is_grad_enabled()
-        pointers: list[int] = []
-        for tensor, (dtypes, shape) in zip(tensors, known, strict=False):
+        grad, pointers, bits = torch.is_grad_enabled(), [], 0
+        for tensor, dtype, shape in zip(tensors, known.dtypes, known.shapes, strict=False):
             if (
                 type(tensor) not in _PLAIN
-                or tensor.dtype not in dtypes
+                or tensor.dtype is not dtype
                 or tensor.shape != shape
-                or tensor.device != device
+                or tensor.get_device() != device
                 or not tensor.is_contiguous()
                 or (grad and tensor.requires_grad)
             ):
                 return None
             pointer = tensor.data_ptr()
-            if pointer % ALIGNMENT:
-                return None
             pointers.append(pointer)
+            bits |= pointer
+        if bits % ALIGNMENT:
+            return None
         if indices is None:
             pointers.append(0)
-        return pointers
+        return self._launcher.run(first, state, indices, pointers, known.numbers)
 
     def _run(self, args: Sequence[Any]) -> torch.Tensor:
         """A call of any kind: checked, converted, and through the registered op."""
@@ -174,14 +163,14 @@ class DecodeOp:
                 )
 
     def _remember(self, values: dict[str, Any]) -> None:
-        first, indices = values[self._inputs[0]], values["state_indices"]
-        key = (first.shape, values["state"].shape, indices is None, first.device)
+        first, state, indices = (values[n] for n in (self._inputs[0], "state", "state_indices"))
+        tensors = [tensor for tensor in values.values() if tensor is not None]
         if len(self._known) >= _MOST_SIGNATURES:
             self._known.clear()
-        self._known[key] = tuple(
-            (allowed_dtypes(tensor, self.config, values), values[tensor.name].shape)
-            for tensor in self._spec.called.inputs
-            if values[tensor.name] is not None
+        self._known[first.shape, state.shape, indices is None, first.get_device()] = _Known(
+            tuple(tensor.dtype for tensor in tensors),
+            tuple(tensor.shape for tensor in tensors),
+            self._launcher.numbers(tuple(values.values())),
         )
 
     def _reference(self, tensors: Sequence[Any]) -> torch.Tensor:
@@ -198,74 +187,13 @@ class DecodeOp:
         return y.to(TORCH_DTYPES[self.config.dtype])
 
 
-class _Launcher:
-    """What all calls of one configuration have in common."""
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What the tensors of a call are like, those that are there, and the numbers of its block."""
 
-    def __init__(self, slug: str) -> None:
-        self._slug = slug
-        self._spec = get_spec(OpConfig.parse(slug).op)
-        entry = self._spec.called
-        assert entry.sizes == ("B", "T", "H", "P"), "the order of the argument block"
-        inputs = [tensor.name for tensor in entry.inputs]
-        self._state_at, self._indices_at = inputs.index("state"), inputs.index("state_indices")
-        self._typed = tuple(at for at, t in enumerate(entry.inputs) if t.has_dtype_field)
-        self._debug = current_settings().debug
-
-    def run(self, tensors: Sequence[Any], pointers: Sequence[int]) -> torch.Tensor:
-        """Launch on tensors that are as they have to be, which are at `pointers`."""
-        first, state = tensors[0], tensors[self._state_at]
-        device = first.device
-        kernel = KERNELS.get(self._slug, ENTRY)
-        if device.type == "cpu" or (self._debug and not torch.cuda.is_current_stream_capturing()):
-            check_slots(self._spec.name, tensors[self._indices_at], state.shape[0])
-        y = torch.empty_like(first)
-        batch, length, heads, _ = first.shape
-        kernel.call(
-            (
-                *pointers,
-                y.data_ptr(),
-                *[dtype_code(tensors[at].dtype) for at in self._typed],
-                batch,
-                length,
-                heads,
-                state.shape[0],
-                current_stream(device),
-                torch.get_num_threads(),
-            ),
-            device,
-        )
-        # So that autograd sees that what it may have saved is no more.
-        torch.autograd.graph.increment_version(state)
-        return y
-
-    def run_any(self, tensors: Sequence[Any]) -> torch.Tensor:
-        """The same on tensors of any strides and alignment, but for the states."""
-        made = [launchable(tensor) for tensor in tensors]
-        state = tensors[self._state_at]
-        if made[self._state_at] is not state:
-            raise ArgumentError(
-                f"{self._spec.name}: state is advanced in place and must be contiguous and aligned "
-                f"to {ALIGNMENT} bytes, but has strides {state.stride()}; keep the pool of each "
-                "layer in a tensor of its own"
-            )
-        return self.run(made, [0 if tensor is None else tensor.data_ptr() for tensor in made])
-
-
-@functools.cache
-def _launcher(slug: str) -> _Launcher:
-    return _Launcher(slug)
-
-
-@functools.cache
-def _registered(name: str) -> Callable[..., torch.Tensor]:
-    def run(*call: Any) -> torch.Tensor:
-        return _launcher(call[-1]).run_any(call[:-1])
-
-    def fake(*call: Any) -> torch.Tensor:
-        first: torch.Tensor = call[0]
-        return first.new_empty(first.shape)
-
-    return register(get_spec(name), ENTRY, run, fake)
+    dtypes: tuple[torch.dtype, ...]
+    shapes: tuple[torch.Size, ...]
+    numbers: tuple[int, ...]
 
 
 def _watched() -> bool:

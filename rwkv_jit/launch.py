@@ -61,6 +61,18 @@ def current_stream(device: torch.device) -> int:
     return stream
 
 
+@functools.cache
+def _several_gpus() -> bool:
+    return torch.cuda.device_count() > 1
+
+
+def _is_current(device: torch.device) -> bool:
+    """Whether what is launched goes to `device` as it is."""
+    if device.type != "cuda" or not _several_gpus():
+        return True
+    return device.index == torch.cuda.current_device()
+
+
 @dataclass(frozen=True, slots=True)
 class Kernel:
     """A loaded kernel of one configuration and entry.
@@ -106,11 +118,11 @@ class Kernel:
         """Run with these members of the argument block, the stream among them. A null pointer
         is 0."""
         block = self.block.pack(*values)
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
+        if _is_current(device):
+            code = self.library.rwkv_jit_launch(block)
+        else:
             with torch.cuda.device(device):
                 code = self.library.rwkv_jit_launch(block)
-        else:
-            code = self.library.rwkv_jit_launch(block)
         if code != 0:
             raise KernelLaunchError(self._failure(code, device))
 

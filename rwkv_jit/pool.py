@@ -38,8 +38,8 @@ class StatePool:
         shape = (layers, slots, heads, head_size, head_size)
         if min(shape) < 1:
             raise PoolError(
-                f"StatePool: slots={slots}, layers={layers}, heads={heads} and head_size={head_size} "
-                "must be at least 1"
+                f"StatePool: slots={slots}, layers={layers}, heads={heads} and "
+                f"head_size={head_size} must be at least 1"
             )
         self.states = torch.zeros(shape, dtype=dtype, device=device)
         self._owners = [0] * slots
@@ -131,8 +131,9 @@ class StatePool:
         wanted = (self.states.shape[0], *self.states.shape[2:])
         if (*states.shape[:1], *states.shape[2:]) != wanted or states.dtype != self.states.dtype:
             raise PoolError(
-                f"StatePool: states of shape {list(states.shape)} and {states.dtype} do not go into "
-                f"a pool of {list(self.states.shape)} and {self.states.dtype}; axis 1 may differ"
+                f"StatePool: states of shape {list(states.shape)} and {states.dtype} do not go "
+                f"into a pool of {list(self.states.shape)} and {self.states.dtype}; axis 1 may "
+                "differ"
             )
         indices = _indices(self._take(states.shape[1]))
         self.states.index_copy_(1, self._places(indices), states.to(self.states.device))

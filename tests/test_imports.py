@@ -52,6 +52,7 @@ FLOW = (
     "reference",
     "arguments",
     "autograd",
+    "decode_launch",
     "decode",
     "registry",
     "pool",

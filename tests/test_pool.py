@@ -152,7 +152,7 @@ def test_states_come_back_from_disk(tmp_path: Path) -> None:
 
 
 def test_a_pool_of_nothing_is_refused() -> None:
-    with pytest.raises(PoolError, match="heads=0 .* must be at least 1"):
+    with pytest.raises(PoolError, match=r"heads=0 .* must be at least 1"):
         StatePool(1, layers=1, heads=0, head_size=8)
 
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from comparing import DECODE_OPS, TOLERANCES, of_each_token, random_call, relative_rms
 from rwkv_jit import DecodeOp, get_op
-from rwkv_jit.decode import _launcher, _registered
+from rwkv_jit.decode_launch import launcher, registered
 from rwkv_jit.errors import ArgumentError, ConfigError
 from rwkv_jit.launch import TORCH_DTYPES
 from rwkv_jit.ops import SPECS
@@ -224,7 +224,7 @@ def test_bad_indices_are_refused_on_a_gpu_where_it_may_be_waited_for(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     op = op_for(name, "cuda")
-    monkeypatch.setattr(_launcher(op.config.slug), "_debug", True)
+    monkeypatch.setattr(launcher(op.config.slug), "_debug", True)
     tokens, state = draw(op, "cuda", 2, 1, 2, slots=3)
     with pytest.raises(ArgumentError, match="slot 1 twice"):
         op(*tokens, state, indices([1, 1], "cuda"))
@@ -357,7 +357,7 @@ def test_opcheck_passes(device: str, name: str) -> None:
     op = op_for(name, device)
     tokens, state = draw(op, device, 2, 2, 2, slots=3)
     for slots in (None, indices([2, 0], device)):
-        torch.library.opcheck(_registered(name), (*tokens, state, slots, op.config.slug))
+        torch.library.opcheck(registered(name), (*tokens, state, slots, op.config.slug))
 
 
 @on_each_device
