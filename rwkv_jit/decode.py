@@ -6,6 +6,8 @@ goes through the registered op (`rwkv_jit::wkv7_decode`), which says that it cha
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +26,10 @@ from .reference import REFERENCES
 from .settings import current_settings
 
 _MOST_SIGNATURES = 1024
+_LIKENESS = operator.attrgetter("dtype", "shape", "device")
+_REQUIRES_GRAD = operator.attrgetter("requires_grad")
+_IS_CONTIGUOUS = torch.Tensor.is_contiguous
+_POINTER = torch.Tensor.data_ptr
 _INDICES = frozenset({"state_indices"})
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 
@@ -107,25 +113,19 @@ class DecodeOp:
         first, state, indices = tensors[0], tensors[self._state_at], tensors[-1]
         if type(first) not in _PLAIN or type(state) not in _PLAIN or _watched():
             return None
-        device = first.get_device()
-        known = self._known.get((first.shape, state.shape, indices is None, device))
-        if known is None:
+        given = tensors[:-1] if indices is None else tensors
+        known = self._known.get((first.shape, state.shape, indices is None, first.get_device()))
+        # What goes over all tensors does so in C.
+        if (
+            known is None
+            or [*map(type, given)] != known.types
+            or [*map(_LIKENESS, given)] != known.likenesses
+            or not all(map(_IS_CONTIGUOUS, given))
+            or (torch.is_grad_enabled() and any(map(_REQUIRES_GRAD, given)))
+        ):
             return None
-        grad, pointers, bits = torch.is_grad_enabled(), [], 0
-        for tensor, dtype, shape in zip(tensors, known.dtypes, known.shapes, strict=False):
-            if (
-                type(tensor) not in _PLAIN
-                or tensor.dtype is not dtype
-                or tensor.shape != shape
-                or tensor.get_device() != device
-                or not tensor.is_contiguous()
-                or (grad and tensor.requires_grad)
-            ):
-                return None
-            pointer = tensor.data_ptr()
-            pointers.append(pointer)
-            bits |= pointer
-        if bits % ALIGNMENT:
+        pointers = [*map(_POINTER, given)]
+        if functools.reduce(operator.or_, pointers) % ALIGNMENT:
             return None
         if indices is None:
             pointers.append(0)
@@ -164,12 +164,14 @@ class DecodeOp:
 
     def _remember(self, values: dict[str, Any]) -> None:
         first, state, indices = (values[n] for n in (self._inputs[0], "state", "state_indices"))
-        tensors = [tensor for tensor in values.values() if tensor is not None]
+        given = [tensor for tensor in values.values() if tensor is not None]
+        if any(type(tensor) not in _PLAIN for tensor in given):
+            return
         if len(self._known) >= _MOST_SIGNATURES:
             self._known.clear()
         self._known[first.shape, state.shape, indices is None, first.get_device()] = _Known(
-            tuple(tensor.dtype for tensor in tensors),
-            tuple(tensor.shape for tensor in tensors),
+            [*map(type, given)],
+            [*map(_LIKENESS, given)],
             self._launcher.numbers(tuple(values.values())),
         )
 
@@ -191,8 +193,8 @@ class DecodeOp:
 class _Known:
     """What the tensors of a call are like, those that are there, and the numbers of its block."""
 
-    dtypes: tuple[torch.dtype, ...]
-    shapes: tuple[torch.Size, ...]
+    types: list[type]
+    likenesses: list[Any]
     numbers: tuple[int, ...]
 
 

@@ -59,10 +59,9 @@ class Launcher:
         kernel = self._kernel
         if kernel is None:
             kernel = self._kernel = KERNELS.get(self._slug, ENTRY)
-        device = first.device
-        y = torch.empty_like(first)
-        stream, threads = current_stream(device), torch.get_num_threads()
-        kernel.call((*pointers, y.data_ptr(), *numbers, stream, threads), device)
+        gpu, y = first.get_device(), torch.empty_like(first)
+        stream, threads = current_stream(gpu), torch.get_num_threads()
+        kernel.call((*pointers, y.data_ptr(), *numbers, stream, threads), gpu)
         # So that autograd sees that what it may have saved is no more.
         torch.autograd.graph.increment_version(state)
         return y

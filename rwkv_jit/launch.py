@@ -52,25 +52,19 @@ def dtype_code(dtype: torch.dtype) -> int:
     return _DTYPE_CODES[dtype]
 
 
-def current_stream(device: torch.device) -> int:
-    """What the stream member of the argument block holds: the current stream of a device."""
-    if device.type != "cuda":
+def current_stream(gpu: int) -> int:
+    """What the stream member of the argument block holds: the current stream of a GPU by its
+    index; -1 is a CPU."""
+    if gpu < 0:
         return 0
     # torch.cuda.current_stream makes an object for this, which takes longer than a launch.
-    stream: int = torch._C._cuda_getCurrentRawStream(device.index)
+    stream: int = torch._C._cuda_getCurrentRawStream(gpu)
     return stream
 
 
 @functools.cache
 def _several_gpus() -> bool:
     return torch.cuda.device_count() > 1
-
-
-def _is_current(device: torch.device) -> bool:
-    """Whether what is launched goes to `device` as it is."""
-    if device.type != "cuda" or not _several_gpus():
-        return True
-    return device.index == torch.cuda.current_device()
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +92,7 @@ class Kernel:
         """Run on the current stream of `device`, where the tensors are. Sizes are those of the
         entry. Allocates nothing and does not synchronise. Raises KernelLaunchError with the
         device's own words."""
+        gpu = device.index if device.type == "cuda" else -1
         values: list[int] = []
         for source, name in self.sources:
             if source == "pointer":
@@ -109,31 +104,31 @@ class Kernel:
                 tensor = tensors[name]
                 values.append(0 if tensor is None else dtype_code(tensor.dtype))
             elif source == "stream":
-                values.append(current_stream(device))
+                values.append(current_stream(gpu))
             else:
                 values.append(torch.get_num_threads())
-        self.call(values, device)
+        self.call(values, gpu)
 
-    def call(self, values: Sequence[int], device: torch.device) -> None:
-        """Run with these members of the argument block, the stream among them. A null pointer
-        is 0."""
+    def call(self, values: Sequence[int], gpu: int) -> None:
+        """Run with these members of the argument block, the stream among them, on a GPU by its
+        index; -1 is a CPU. A null pointer is 0."""
         block = self.block.pack(*values)
-        if _is_current(device):
+        if gpu < 0 or not _several_gpus() or gpu == torch.cuda.current_device():
             code = self.library.rwkv_jit_launch(block)
         else:
-            with torch.cuda.device(device):
+            with torch.cuda.device(gpu):
                 code = self.library.rwkv_jit_launch(block)
         if code != 0:
-            raise KernelLaunchError(self._failure(code, device))
+            raise KernelLaunchError(self._failure(code, gpu))
 
-    def _failure(self, code: int, device: torch.device) -> str:
+    def _failure(self, code: int, gpu: int) -> str:
         message = f"{self.identity}: launch failed: {self.library.rwkv_jit_error(code).decode()}"
-        if device.type == "cuda":
-            here = cuda_arch_of_capability(*torch.cuda.get_device_capability(device))
+        if gpu >= 0:
+            here = cuda_arch_of_capability(*torch.cuda.get_device_capability(gpu))
             if here != self.config.arch:
                 message += (
-                    f"; the kernel is for {display_arch(self.config.arch)} but {device} is "
-                    f"{display_arch(here)}: get the operator with device={str(device)!r}"
+                    f"; the kernel is for {display_arch(self.config.arch)} but cuda:{gpu} is "
+                    f"{display_arch(here)}: get the operator with device='cuda:{gpu}'"
                 )
         return message
 

@@ -7,6 +7,7 @@ namespace {
 constexpr int STAGE = {{stage_tokens}};  // tokens that a block has at once
 constexpr int WARPS = {{warps}};
 constexpr int THREADS = WARPS * 32;
+constexpr int BLOCKS = {{blocks}};  // that share a multiprocessor at one token, at least
 // Rows of a lane, and of a lane where there are few heads: so few blocks leave a GPU idle.
 constexpr int MANY_ROWS = {{rows_per_lane}}, FEW_ROWS = {{few_rows_per_lane}};
 constexpr int64_t FEW_BLOCKS = 264;
@@ -69,33 +70,33 @@ __device__ __forceinline__ void round_state(float (&state)[ROWS][LANE_COLUMNS]) 
     }
 }
 
-template <int ROWS>
-__global__ void __launch_bounds__(THREADS) decode_kernel(const Arguments args) {
-  __shared__ __align__(16) float tokens[STAGE][VECTORS][N];
+// ONE: there is one token, as there mostly is.
+template <int ROWS, bool ONE>
+__global__ void __launch_bounds__(THREADS, ONE ? BLOCKS : 1) decode_kernel(const Arguments args) {
+  __shared__ __align__(16) float tokens[ONE ? 1 : STAGE][VECTORS][N];
   const Lanes tile;
   const unsigned heads = static_cast<unsigned>(args.H), item = blockIdx.x / GROUPS<ROWS>;
   const unsigned b = item / heads, head = item % heads;
   const int first_row = static_cast<int>(blockIdx.x % GROUPS<ROWS> * WARPS + threadIdx.x / 32) *
                             Lanes::ROW_LANES * ROWS +
                         tile.row_lane * ROWS;
-  const int64_t first_token = b * args.T;
+  const int64_t length = ONE ? 1 : args.T, first_token = b * length;
 
   const int64_t slot =
       args.state_indices == nullptr ? b : static_cast<const int32_t*>(args.state_indices)[b];
   if (slot < 0 || slot >= args.P) {
-    for (int64_t t = 0; t < args.T; ++t)
+    for (int64_t t = 0; t < length; ++t)
       for (int i = tile.column_lane; i < ROWS; i += Lanes::COLUMN_LANES)
         store_at<Element>(args.y, ((first_token + t) * heads + head) * N + first_row + i, 0.0f);
     return;
   }
   StateElement* const part = static_cast<StateElement*>(args.state) +
-                             (slot * heads + head) * N * N +
-                             state_index(first_row, tile.column(0));
+                             (slot * heads + head) * N * N + state_index(first_row, tile.column(0));
   float state[ROWS][LANE_COLUMNS];
   read_state(part, state);
 
-  for (int64_t first = 0; first < args.T; first += STAGE) {
-    const int count = static_cast<int>(min(args.T - first, static_cast<int64_t>(STAGE)));
+  for (int64_t first = 0; first < length; first += STAGE) {
+    const int count = ONE ? 1 : static_cast<int>(min(length - first, int64_t{STAGE}));
     if (first > 0) __syncthreads();  // the last stage's readers are done
     for (int at = threadIdx.x; at < count * N; at += THREADS)
       load_token(args, first_token + first + at / N, head, at % N, tokens[at / N]);
@@ -103,12 +104,12 @@ __global__ void __launch_bounds__(THREADS) decode_kernel(const Arguments args) {
     for (int t = 0; t < count; ++t) {
       float y[ROWS];
       run_token(tile, tokens[t], first_row, state, y);
-      if (sizeof(StateElement) < sizeof(float) && first + t + 1 < args.T) round_state(state);
+      if (sizeof(StateElement) < sizeof(float) && first + t + 1 < length) round_state(state);
       if (tile.column_lane == 0) {
 #pragma unroll
         for (int i = 0; i < ROWS; ++i)
-          store_at<Element>(
-              args.y, ((first_token + first + t) * heads + head) * N + first_row + i, y[i]);
+          store_at<Element>(args.y, ((first_token + first + t) * heads + head) * N + first_row + i,
+                            y[i]);
       }
     }
   }
@@ -119,7 +120,8 @@ template <int ROWS>
 cudaError_t launch(const Arguments& args) {
   const int64_t blocks = args.B * args.H * GROUPS<ROWS>;
   const auto stream = static_cast<cudaStream_t>(args.stream);
-  decode_kernel<ROWS><<<static_cast<unsigned>(blocks), THREADS, 0, stream>>>(args);
+  const auto kernel = args.T == 1 ? decode_kernel<ROWS, true> : decode_kernel<ROWS, false>;
+  kernel<<<static_cast<unsigned>(blocks), THREADS, 0, stream>>>(args);
   return cudaGetLastError();
 }
 

@@ -13,7 +13,8 @@ struct Arguments {
 };
 
 constexpr int N = {{head_size}};  // head size
-[[maybe_unused]] constexpr int L = {{chunk_length}};  // tokens between two checkpoints
+// Tokens between two checkpoints.
+[[maybe_unused]] constexpr int L = {{chunk_length}};
 constexpr bool STATE_IS_KV = {{state_is_kv}};
 
 }  // namespace

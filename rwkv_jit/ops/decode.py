@@ -28,12 +28,13 @@ _STATE_INDICES = TensorSpec(
 )
 # Tokens that a block of threads has in shared memory, and rows of the state in a lane's registers.
 _CPU_STAGE = 8
+# blocks: that share a multiprocessor at one token, which bounds the registers of a lane.
 _TILES = {
-    16: {"warps": 1, "rows_per_lane": 1, "few_rows_per_lane": 1, "stage_tokens": 8},
-    32: {"warps": 2, "rows_per_lane": 2, "few_rows_per_lane": 1, "stage_tokens": 8},
-    64: {"warps": 4, "rows_per_lane": 4, "few_rows_per_lane": 1, "stage_tokens": 8},
-    128: {"warps": 4, "rows_per_lane": 4, "few_rows_per_lane": 1, "stage_tokens": 8},
-    256: {"warps": 8, "rows_per_lane": 4, "few_rows_per_lane": 1, "stage_tokens": 4},
+    16: {"warps": 1, "rows_per_lane": 1, "few_rows_per_lane": 1, "stage_tokens": 8, "blocks": 16},
+    32: {"warps": 2, "rows_per_lane": 2, "few_rows_per_lane": 1, "stage_tokens": 8, "blocks": 14},
+    64: {"warps": 2, "rows_per_lane": 4, "few_rows_per_lane": 1, "stage_tokens": 8, "blocks": 14},
+    128: {"warps": 4, "rows_per_lane": 4, "few_rows_per_lane": 1, "stage_tokens": 8, "blocks": 7},
+    256: {"warps": 8, "rows_per_lane": 4, "few_rows_per_lane": 1, "stage_tokens": 4, "blocks": 3},
 }
 
 

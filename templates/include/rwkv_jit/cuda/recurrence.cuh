@@ -27,24 +27,28 @@ __device__ __forceinline__ void state_times(const Lanes& tile,
   for (int i = 0; i < ROWS; ++i) product[i] = tile.row_sum(lane_dot(state[i], x));
 }
 
-// S <- S diag(d) + sa b^T + v k^T.
+// S <- S diag(d) + sa b^T + v k^T. Half of the columns at a time, whose vectors need fewer registers.
 template <typename Lanes, int ROWS>
 __device__ __forceinline__ void advance(const Lanes& tile, float (&state)[ROWS][LANE_COLUMNS],
                                         const float (&sa)[ROWS], const float (&v)[ROWS],
                                         const float* keep_row, const float* change_row,
                                         const float* b_row, const float* k_row) {
-  float keep[LANE_COLUMNS], change[LANE_COLUMNS], b[LANE_COLUMNS], k[LANE_COLUMNS];
-  tile.read(keep_row, keep);
-  tile.read(change_row, change);
-  tile.read(b_row, b);
-  tile.read(k_row, k);
 #pragma unroll
-  for (int i = 0; i < ROWS; ++i)
+  for (int half = 0; half < LANE_COLUMNS; half += 4) {
+    const int from = tile.column(half);
+    float keep[4], change[4], b[4], k[4];
+    read_four(keep_row + from, keep);
+    read_four(change_row + from, change);
+    read_four(b_row + from, b);
+    read_four(k_row + from, k);
 #pragma unroll
-    for (int j = 0; j < LANE_COLUMNS; ++j) {
-      const float s = state[i][j];
-      state[i][j] = fmaf(s, keep[j], fmaf(s, change[j], fmaf(sa[i], b[j], v[i] * k[j])));
-    }
+    for (int i = 0; i < ROWS; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float s = state[i][half + j];
+        state[i][half + j] = fmaf(s, keep[j], fmaf(s, change[j], fmaf(sa[i], b[j], v[i] * k[j])));
+      }
+  }
 }
 
 // S <- S diag(d) + v k^T.
@@ -52,17 +56,21 @@ template <typename Lanes, int ROWS>
 __device__ __forceinline__ void advance(const Lanes& tile, float (&state)[ROWS][LANE_COLUMNS],
                                         const float (&v)[ROWS], const float* keep_row,
                                         const float* change_row, const float* k_row) {
-  float keep[LANE_COLUMNS], change[LANE_COLUMNS], k[LANE_COLUMNS];
-  tile.read(keep_row, keep);
-  tile.read(change_row, change);
-  tile.read(k_row, k);
 #pragma unroll
-  for (int i = 0; i < ROWS; ++i)
+  for (int half = 0; half < LANE_COLUMNS; half += 4) {
+    const int from = tile.column(half);
+    float keep[4], change[4], k[4];
+    read_four(keep_row + from, keep);
+    read_four(change_row + from, change);
+    read_four(k_row + from, k);
 #pragma unroll
-    for (int j = 0; j < LANE_COLUMNS; ++j) {
-      const float s = state[i][j];
-      state[i][j] = fmaf(s, keep[j], fmaf(s, change[j], v[i] * k[j]));
-    }
+    for (int i = 0; i < ROWS; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float s = state[i][half + j];
+        state[i][half + j] = fmaf(s, keep[j], fmaf(s, change[j], v[i] * k[j]));
+      }
+  }
 }
 
 }  // namespace rwkv_jit

@@ -8,6 +8,12 @@ namespace rwkv_jit {
 constexpr unsigned ALL_LANES = 0xffffffffu;
 constexpr int LANE_COLUMNS = 8;
 
+// Four neighbours, in one access.
+__device__ __forceinline__ void read_four(const float* from, float (&values)[4]) {
+  const float4 four = *reinterpret_cast<const float4*>(from);
+  values[0] = four.x, values[1] = four.y, values[2] = four.z, values[3] = four.w;
+}
+
 template <int N, int GROUP = 4>
 struct Tile {
   static constexpr int COLUMN_LANES = N / LANE_COLUMNS;
@@ -29,10 +35,11 @@ struct Tile {
   // This lane's eight values of a row of N floats; 16-byte reads, free of bank conflicts.
   __device__ __forceinline__ void read(const float* row, float (&values)[LANE_COLUMNS]) const {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float4 four = *reinterpret_cast<const float4*>(row + column(half * 4));
-      values[half * 4] = four.x, values[half * 4 + 1] = four.y;
-      values[half * 4 + 2] = four.z, values[half * 4 + 3] = four.w;
+    for (int half = 0; half < LANE_COLUMNS; half += 4) {
+      float four[4];
+      read_four(row + column(half), four);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) values[half + j] = four[j];
     }
   }
   __device__ __forceinline__ void write(const float (&values)[LANE_COLUMNS], float* row) const {
