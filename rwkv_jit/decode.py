@@ -51,8 +51,9 @@ class DecodeOp:
         self._runs_reference = current_settings().mode == "reference"
         self._registered = registered(config.op)
         self._launcher = launcher(self._slug)
-        # What tensors of calls that were found right are like, by what tells such calls apart.
+        # Of calls that were found right, and the last of them.
         self._known: dict[tuple[Any, ...], _Known] = {}
+        self._last: _Known | None = None
 
     def __repr__(self) -> str:
         return f"<rwkv_jit.DecodeOp {self._slug}>"
@@ -110,18 +111,20 @@ class DecodeOp:
     def _run_as_it_is(self, tensors: Sequence[Any]) -> torch.Tensor | None:
         """A call with nothing to convert and nobody to see it, of sizes found right before; None
         for any other. Each line costs the host, at every call."""
-        first, state, indices = tensors[0], tensors[self._state_at], tensors[-1]
-        if type(first) not in _PLAIN or type(state) not in _PLAIN or _watched():
-            return None
+        indices = tensors[-1]
         given = tensors[:-1] if indices is None else tensors
-        known = self._known.get((first.shape, state.shape, indices is None, first.get_device()))
         # What goes over all tensors does so in C.
-        if (
-            known is None
-            or [*map(type, given)] != known.types
-            or [*map(_LIKENESS, given)] != known.likenesses
-            or not all(map(_IS_CONTIGUOUS, given))
-            or (torch.is_grad_enabled() and any(map(_REQUIRES_GRAD, given)))
+        if not _PLAIN.issuperset(map(type, given)) or _watched():
+            return None
+        likenesses = (*map(_LIKENESS, given),)
+        known = self._last
+        if known is None or likenesses != known.likenesses:
+            known = self._known.get(likenesses)
+            if known is None:
+                return None
+            self._last = known
+        if not all(map(_IS_CONTIGUOUS, given)) or (
+            torch.is_grad_enabled() and any(map(_REQUIRES_GRAD, given))
         ):
             return None
         pointers = [*map(_POINTER, given)]
@@ -129,7 +132,9 @@ class DecodeOp:
             return None
         if indices is None:
             pointers.append(0)
-        return self._launcher.run(first, state, indices, pointers, known.numbers)
+        return self._launcher.run(
+            tensors[0], tensors[self._state_at], indices, pointers, known.numbers
+        )
 
     def _run(self, args: Sequence[Any]) -> torch.Tensor:
         """A call of any kind: checked, converted, and through the registered op."""
@@ -138,9 +143,9 @@ class DecodeOp:
             cast_for_autocast(self._spec, self.config, values)
         self._check(values)
         widen(self._spec.called.inputs, self.config, values)
-        if not torch.compiler.is_compiling():
-            self._remember(values)
         tensors = tuple(values.values())
+        if not torch.compiler.is_compiling():
+            self._remember(tensors)
         if self._runs_reference:
             return self._reference(tensors)
         return self._registered(*tensors, self._slug)
@@ -162,18 +167,14 @@ class DecodeOp:
                     f"it under torch.no_grad(), or use {self._spec.name.removesuffix('_decode')}"
                 )
 
-    def _remember(self, values: dict[str, Any]) -> None:
-        first, state, indices = (values[n] for n in (self._inputs[0], "state", "state_indices"))
-        given = [tensor for tensor in values.values() if tensor is not None]
-        if any(type(tensor) not in _PLAIN for tensor in given):
+    def _remember(self, tensors: Sequence[Any]) -> None:
+        given = [tensor for tensor in tensors if tensor is not None]
+        if not _PLAIN.issuperset(map(type, given)):
             return
         if len(self._known) >= _MOST_SIGNATURES:
             self._known.clear()
-        self._known[first.shape, state.shape, indices is None, first.get_device()] = _Known(
-            [*map(type, given)],
-            [*map(_LIKENESS, given)],
-            self._launcher.numbers(tuple(values.values())),
-        )
+        likenesses = (*map(_LIKENESS, given),)
+        self._known[likenesses] = _Known(likenesses, self._launcher.numbers(tensors))
 
     def _reference(self, tensors: Sequence[Any]) -> torch.Tensor:
         if not torch.compiler.is_compiling():
@@ -193,8 +194,7 @@ class DecodeOp:
 class _Known:
     """What the tensors of a call are like, those that are there, and the numbers of its block."""
 
-    types: list[type]
-    likenesses: list[Any]
+    likenesses: tuple[Any, ...]
     numbers: tuple[int, ...]
 
 

@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(THREADS, ONE ? BLOCKS : 1) decode_kernel(const
     __syncthreads();
     for (int t = 0; t < count; ++t) {
       float y[ROWS];
-      run_token(tile, tokens[t], first_row, state, y);
+      run_token<4>(tile, tokens[t], first_row, state, y);
       if (sizeof(StateElement) < sizeof(float) && first + t + 1 < length) round_state(state);
       if (tile.column_lane == 0) {
 #pragma unroll

@@ -23,7 +23,8 @@ __device__ __forceinline__ void load_token(const Arguments& args, int64_t t, int
   token[CHANGE][j] = decay.change;
 }
 
-template <typename Lanes, int ROWS>
+// AT_ONCE: columns that the state is advanced by together.
+template <int AT_ONCE = LANE_COLUMNS, typename Lanes, int ROWS>
 __device__ __forceinline__ void run_token(const Lanes& tile, const float (&token)[VECTORS][N],
                                           int first_row, float (&state)[ROWS][LANE_COLUMNS],
                                           float (&y)[ROWS]) {
@@ -36,7 +37,7 @@ __device__ __forceinline__ void run_token(const Lanes& tile, const float (&token
     v[i] = token[V][first_row + i];
     y[i] = tile.row_sum(fmaf(v[i], bonus, lane_dot(state[i], r)));
   }
-  advance(tile, state, v, token[KEEP], token[CHANGE], token[K]);
+  advance<AT_ONCE>(tile, state, v, token[KEEP], token[CHANGE], token[K]);
 }
 
 }  // namespace

@@ -19,7 +19,8 @@ __device__ __forceinline__ void load_token(const Arguments& args, int64_t t, int
   token[CHANGE][j] = decay.change;
 }
 
-template <typename Lanes, int ROWS>
+// AT_ONCE: columns that the state is advanced by together.
+template <int AT_ONCE = LANE_COLUMNS, typename Lanes, int ROWS>
 __device__ __forceinline__ void run_token(const Lanes& tile, const float (&token)[VECTORS][N],
                                           int first_row, float (&state)[ROWS][LANE_COLUMNS],
                                           float (&y)[ROWS]) {
@@ -27,7 +28,7 @@ __device__ __forceinline__ void run_token(const Lanes& tile, const float (&token
 #pragma unroll
   for (int i = 0; i < ROWS; ++i) v[i] = token[V][first_row + i];
   state_times(tile, state, token[A], sa);
-  advance(tile, state, sa, v, token[KEEP], token[CHANGE], token[B], token[K]);
+  advance<AT_ONCE>(tile, state, sa, v, token[KEEP], token[CHANGE], token[B], token[K]);
   state_times(tile, state, token[R], y);
 }
 

@@ -27,48 +27,46 @@ __device__ __forceinline__ void state_times(const Lanes& tile,
   for (int i = 0; i < ROWS; ++i) product[i] = tile.row_sum(lane_dot(state[i], x));
 }
 
-// S <- S diag(d) + sa b^T + v k^T. Half of the columns at a time, whose vectors need fewer registers.
-template <typename Lanes, int ROWS>
+// S <- S diag(d) + sa b^T + v k^T. AT_ONCE columns at a time: fewer need fewer registers.
+template <int AT_ONCE = LANE_COLUMNS, typename Lanes, int ROWS>
 __device__ __forceinline__ void advance(const Lanes& tile, float (&state)[ROWS][LANE_COLUMNS],
                                         const float (&sa)[ROWS], const float (&v)[ROWS],
                                         const float* keep_row, const float* change_row,
                                         const float* b_row, const float* k_row) {
 #pragma unroll
-  for (int half = 0; half < LANE_COLUMNS; half += 4) {
-    const int from = tile.column(half);
-    float keep[4], change[4], b[4], k[4];
-    read_four(keep_row + from, keep);
-    read_four(change_row + from, change);
-    read_four(b_row + from, b);
-    read_four(k_row + from, k);
+  for (int first = 0; first < LANE_COLUMNS; first += AT_ONCE) {
+    float keep[AT_ONCE], change[AT_ONCE], b[AT_ONCE], k[AT_ONCE];
+    tile.read(keep_row, keep, first);
+    tile.read(change_row, change, first);
+    tile.read(b_row, b, first);
+    tile.read(k_row, k, first);
 #pragma unroll
     for (int i = 0; i < ROWS; ++i)
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const float s = state[i][half + j];
-        state[i][half + j] = fmaf(s, keep[j], fmaf(s, change[j], fmaf(sa[i], b[j], v[i] * k[j])));
+      for (int j = 0; j < AT_ONCE; ++j) {
+        const float s = state[i][first + j];
+        state[i][first + j] = fmaf(s, keep[j], fmaf(s, change[j], fmaf(sa[i], b[j], v[i] * k[j])));
       }
   }
 }
 
 // S <- S diag(d) + v k^T.
-template <typename Lanes, int ROWS>
+template <int AT_ONCE = LANE_COLUMNS, typename Lanes, int ROWS>
 __device__ __forceinline__ void advance(const Lanes& tile, float (&state)[ROWS][LANE_COLUMNS],
                                         const float (&v)[ROWS], const float* keep_row,
                                         const float* change_row, const float* k_row) {
 #pragma unroll
-  for (int half = 0; half < LANE_COLUMNS; half += 4) {
-    const int from = tile.column(half);
-    float keep[4], change[4], k[4];
-    read_four(keep_row + from, keep);
-    read_four(change_row + from, change);
-    read_four(k_row + from, k);
+  for (int first = 0; first < LANE_COLUMNS; first += AT_ONCE) {
+    float keep[AT_ONCE], change[AT_ONCE], k[AT_ONCE];
+    tile.read(keep_row, keep, first);
+    tile.read(change_row, change, first);
+    tile.read(k_row, k, first);
 #pragma unroll
     for (int i = 0; i < ROWS; ++i)
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const float s = state[i][half + j];
-        state[i][half + j] = fmaf(s, keep[j], fmaf(s, change[j], v[i] * k[j]));
+      for (int j = 0; j < AT_ONCE; ++j) {
+        const float s = state[i][first + j];
+        state[i][first + j] = fmaf(s, keep[j], fmaf(s, change[j], v[i] * k[j]));
       }
   }
 }

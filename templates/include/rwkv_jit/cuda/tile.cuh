@@ -8,12 +8,6 @@ namespace rwkv_jit {
 constexpr unsigned ALL_LANES = 0xffffffffu;
 constexpr int LANE_COLUMNS = 8;
 
-// Four neighbours, in one access.
-__device__ __forceinline__ void read_four(const float* from, float (&values)[4]) {
-  const float4 four = *reinterpret_cast<const float4*>(from);
-  values[0] = four.x, values[1] = four.y, values[2] = four.z, values[3] = four.w;
-}
-
 template <int N, int GROUP = 4>
 struct Tile {
   static constexpr int COLUMN_LANES = N / LANE_COLUMNS;
@@ -32,14 +26,16 @@ struct Tile {
     return at / GROUP * (COLUMN_LANES * GROUP) + at % GROUP;
   }
 
-  // This lane's eight values of a row of N floats; 16-byte reads, free of bank conflicts.
-  __device__ __forceinline__ void read(const float* row, float (&values)[LANE_COLUMNS]) const {
+  // This lane's eight values of a row of N floats, or COUNT of them from place `first` on; 16-byte
+  // reads, where GROUP is 4 free of bank conflicts.
+  template <int COUNT>
+  __device__ __forceinline__ void read(const float* row, float (&values)[COUNT],
+                                       int first = 0) const {
 #pragma unroll
-    for (int half = 0; half < LANE_COLUMNS; half += 4) {
-      float four[4];
-      read_four(row + column(half), four);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) values[half + j] = four[j];
+    for (int at = 0; at < COUNT; at += 4) {
+      const float4 four = *reinterpret_cast<const float4*>(row + column(first + at));
+      values[at] = four.x, values[at + 1] = four.y;
+      values[at + 2] = four.z, values[at + 3] = four.w;
     }
   }
   __device__ __forceinline__ void write(const float (&values)[LANE_COLUMNS], float* row) const {
