@@ -161,10 +161,17 @@ def _check_plot(path: Path) -> None:
 
 def _sequences(ops: Sequence[str]) -> list[str]:
     """The operators of a plot, whose axes are those of whole sequences."""
-    serving = [op for op in ops if "decode" in get_spec(op).entries]
+    serving = [op for op in ops if _is_serving(op)]
     if serving:
         raise typer.BadParameter(f"{serving[0]} has no plot", param_hint="--plot")
-    return list(ops) or [op for op, spec in SPECS.items() if "decode" not in spec.entries]
+    return list(ops) or [op for op in SPECS if not _is_serving(op)]
+
+
+def _is_serving(op: str) -> bool:
+    try:
+        return "decode" in get_spec(op).entries
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 def _cases(
@@ -177,7 +184,7 @@ def _cases(
     """Every combination; of what is not named, the defaults of the device."""
     found = []
     for op in ops or SPECS:
-        serving = "decode" in get_spec(op).entries
+        serving = _is_serving(op)
         found += [
             Case(op=op, shape=shape, dtype=dtype, state_dtype=state_dtype if serving else "")
             for dtype in dtypes or default_dtypes(device)
