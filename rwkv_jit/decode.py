@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .arch import is_cuda
-from .arguments import bind, cast_for_autocast, check_arguments, widen
+from .arguments import bind, cast_for_autocast, check_arguments, check_slots, widen
 from .config import OpConfig, default_state_dtype
 from .decode_launch import ENTRY, launcher, registered
 from .errors import ArgumentError
@@ -144,10 +144,10 @@ class DecodeOp:
         self._check(values)
         widen(self._spec.called.inputs, self.config, values)
         tensors = tuple(values.values())
-        if not torch.compiler.is_compiling():
-            self._remember(tensors)
         if self._runs_reference:
             return self._reference(tensors)
+        if not torch.compiler.is_compiling():
+            self._remember(tensors)
         return self._registered(*tensors, self._slug)
 
     def _check(self, values: dict[str, Any]) -> None:
@@ -177,9 +177,11 @@ class DecodeOp:
         self._known[likenesses] = _Known(likenesses, self._launcher.numbers(tensors))
 
     def _reference(self, tensors: Sequence[Any]) -> torch.Tensor:
+        state = tensors[self._state_at]
         if not torch.compiler.is_compiling():
             announce_reference(self._spec.name)
-        state = tensors[self._state_at]
+            if self._device_type == "cpu":
+                check_slots(self._spec.name, tensors[-1], state.shape[0])
         y, advanced = REFERENCES[self._spec.name](
             *tensors,
             decay=self.config.decay,

@@ -15,6 +15,7 @@ from rwkv_jit.errors import ArgumentError, ConfigError
 from rwkv_jit.launch import TORCH_DTYPES
 from rwkv_jit.ops import SPECS
 from rwkv_jit.reference import REFERENCES
+from rwkv_jit.settings import Settings
 
 DEVICES = [
     pytest.param("cpu", id="cpu"),
@@ -455,10 +456,14 @@ def test_the_reference_mode_advances_the_same_states(
     op = op_for(name, "cpu")
     tokens, state = draw(op, "cpu", 3, 2, 2, slots=4)
     other, slots = state.clone(), indices([3, -1, 0], "cpu")
-    y = op(*tokens, state, slots)
-    monkeypatch.setattr(op, "_runs_reference", True)
-    assert relative_rms(op(*tokens, other, slots), y) < 1e-5
-    assert relative_rms(other, state) < 1e-5
+    monkeypatch.setattr("rwkv_jit.decode.current_settings", lambda: Settings(mode="reference"))
+    monkeypatch.setattr("rwkv_jit.decode.launcher", lambda _slug: None)
+    slow = DecodeOp(op.config)
+    for _ in range(2):
+        assert relative_rms(slow(*tokens, other, slots), op(*tokens, state, slots)) < 1e-5
+        assert relative_rms(other, state) < 1e-5
+    with pytest.raises(ArgumentError, match="slot 1 twice"):
+        slow(*tokens, other, indices([1, 1, -1], "cpu"))
 
 
 @for_each_op
