@@ -164,11 +164,11 @@ def list_operators(ops: OpsArgument = None, as_json: JsonOption = False) -> None
 def render_source(
     slug: Annotated[str, typer.Argument(help="As wkv7_n64_bf16_l16_sm90a.", metavar="SLUG")],
     entry: Annotated[
-        str,
+        str | None,
         typer.Option(
             help=f"One of {', '.join(ENTRIES)}. Default: the one that is called.", metavar="ENTRY"
         ),
-    ] = "",
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Print the source of a kernel. Needs no compiler and no GPU."""
@@ -179,7 +179,7 @@ def render_source(
 
     config, named = parse_kernel(slug)
     spec = get_spec(config.op)
-    wanted = named or entry or next(iter(spec.entries))
+    wanted = named or (next(iter(spec.entries)) if entry is None else entry)
     if wanted not in spec.entries:
         problem = f"{wanted!r} is not one of {', '.join(spec.entries)}"
         raise typer.BadParameter(problem, param_hint="--entry")
