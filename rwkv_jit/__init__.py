@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .config import OpConfig as OpConfig
+    from .decode import DecodeOp as DecodeOp
+    from .pool import StatePool as StatePool
     from .registry import Op as Op
     from .registry import get_op as get_op
     from .registry import list_ops as list_ops
@@ -18,11 +20,22 @@ if TYPE_CHECKING:
     from .usage import used_configs as used_configs
 
 __version__ = "0.1.0"
-__all__ = ["Op", "OpConfig", "freeze", "get_op", "list_ops", "used_configs"]
+__all__ = [
+    "DecodeOp",
+    "Op",
+    "OpConfig",
+    "StatePool",
+    "freeze",
+    "get_op",
+    "list_ops",
+    "used_configs",
+]
 
 _HOMES = {
+    "DecodeOp": "decode",
     "Op": "registry",
     "OpConfig": "config",
+    "StatePool": "pool",
     "freeze": "usage",
     "get_op": "registry",
     "list_ops": "registry",

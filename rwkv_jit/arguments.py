@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -61,9 +62,51 @@ def entry_sizes(entry: EntrySpec, spacing: int, tensors: Tensors) -> dict[str, i
     }
 
 
+def bind(spec: OpSpec, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a public call by name; what is not given is None, or False for an output
+    that may be asked for. Raises ArgumentError."""
+    parameters = spec.parameters
+    if len(args) > len(parameters):
+        raise ArgumentError(
+            f"{spec.name}: takes {len(parameters)} arguments ({', '.join(parameters)}), "
+            f"but {len(args)} were given"
+        )
+    values = dict(zip(parameters, args, strict=False))
+    for name, value in kwargs.items():
+        if name not in parameters or name in values:
+            problem = "is given twice" if name in values else "is not an argument"
+            raise ArgumentError(f"{spec.name}: {name} {problem}; it takes {', '.join(parameters)}")
+        values[name] = value
+    for name in parameters:
+        values.setdefault(name, False if name.startswith("output_") else None)
+    return values
+
+
+def cast_for_autocast(spec: OpSpec, config: OpConfig, values: dict[str, Any]) -> None:
+    """Under autocast: convert floating tokens to the operator's dtype, but for a float32 tensor
+    that may be one."""
+    dtype = TORCH_DTYPES[config.dtype]
+    for tensor in spec.called.inputs:
+        value = values[tensor.name]
+        if "op" not in tensor.dtype or not isinstance(value, torch.Tensor):
+            continue
+        if value.is_floating_point() and not (
+            value.dtype == torch.float32 and "fp32" in tensor.dtype
+        ):
+            values[tensor.name] = value.to(dtype)
+
+
+def widen(inputs: Sequence[TensorSpec], config: OpConfig, values: dict[str, Any]) -> None:
+    """Give tensors that came without their last axis, along which they are the same, that axis."""
+    for tensor in inputs:
+        if tensor.last_axis_optional and values[tensor.name].dim() < len(tensor.shape):
+            narrow = values[tensor.name][..., None]
+            values[tensor.name] = narrow.expand(*narrow.shape[:-1], config.head_size)
+
+
 def check_arguments(spec: OpSpec, config: OpConfig, tensors: Tensors) -> None:
-    """Raise ArgumentError unless `tensors`, by name, fit the forward entry of `spec`."""
-    entry = spec.entries["forward"]
+    """Raise ArgumentError unless `tensors`, by name, fit the entry of `spec` that is called."""
+    entry = spec.called
     known: dict[str, tuple[int, str]] = {"N": (config.head_size, "the operator")}
     first = entry.inputs[0].name
     device = None
@@ -135,6 +178,28 @@ def _check_shape(
                 f"{spec.name}: {name} has {letter}={size} in {shown}, but {owner} has "
                 f"{'head_size' if owner == 'the operator' else letter}={value}"
             )
+
+
+def check_slots(name: str, indices: torch.Tensor | None, slots: int) -> None:
+    """Raise ArgumentError unless `indices` are slots of a pool of `slots`, each once, or -1. Waits
+    for the device."""
+    if indices is None:
+        return
+    values = indices.tolist()
+    seen: set[int] = set()
+    for row, slot in enumerate(values):
+        if not -1 <= slot < slots:
+            raise ArgumentError(
+                f"{name}: state_indices[{row}] is {slot}, but state has {slots} slots; choose from "
+                f"0 to {slots - 1}, or -1 to skip the row"
+            )
+        if slot in seen:
+            raise ArgumentError(
+                f"{name}: state_indices has slot {slot} twice, in rows {values.index(slot)} and "
+                f"{row}; a slot serves one row of a call"
+            )
+        if slot >= 0:
+            seen.add(slot)
 
 
 def _check_bounds(spec: OpSpec, bounds: torch.Tensor, first: torch.Tensor | None) -> None:

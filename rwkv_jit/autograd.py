@@ -40,17 +40,39 @@ class TorchOps:
 def torch_ops(name: str) -> TorchOps:
     """Register the ops of the operator `name`, once in a process."""
     spec = get_spec(name)
-    forward, backward = _register(spec, "forward"), _register(spec, "backward")
+    forward, backward = (_register_sequence(spec, entry) for entry in ("forward", "backward"))
     return TorchOps(forward, backward, _differentiable(spec, forward, backward))
 
 
-def _register(spec: OpSpec, entry_name: str) -> Callable[..., Sequence[torch.Tensor]]:
+def register(
+    spec: OpSpec, entry_name: str, run: Callable[..., Any], fake: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Register an entry as a torch op, which takes the inputs in order, the slug, and a bool for
+    each optional output.
+
+    run: the op. fake: the same for tensors without values: what it returns is like what `run` does.
+    """
     entry = spec.entries[entry_name]
-    name = f"{spec.name}_{entry_name}"
-    arguments = [f"Tensor{'?' if t.optional else ''} {t.name}" for t in entry.inputs]
+    name = spec.name if spec.name.endswith(f"_{entry_name}") else f"{spec.name}_{entry_name}"
+    arguments = [f"{_schema_type(tensor)} {tensor.name}" for tensor in entry.inputs]
     flags = [f"bool output_{output}" for output in entry.optional_outputs]
     returns = ", ".join(f"Tensor {output.name}" for output in entry.outputs)
     _LIBRARY.define(f"{name}({', '.join([*arguments, 'str config', *flags])}) -> ({returns})")
+    for key in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, run, key)
+    torch.library.register_fake(f"rwkv_jit::{name}", fake, lib=_LIBRARY)
+    op: Callable[..., Any] = getattr(torch.ops.rwkv_jit, name).default
+    return op
+
+
+def _schema_type(tensor: TensorSpec) -> str:
+    if tensor.mutated:
+        return "Tensor(a!)"
+    return "Tensor?" if tensor.optional else "Tensor"
+
+
+def _register_sequence(spec: OpSpec, entry_name: str) -> Callable[..., Sequence[torch.Tensor]]:
+    """Register an entry that allocates all that it writes."""
 
     def run(*call: Any) -> tuple[torch.Tensor, ...]:
         return _run(spec, entry_name, call)
@@ -58,11 +80,7 @@ def _register(spec: OpSpec, entry_name: str) -> Callable[..., Sequence[torch.Ten
     def fake(*call: Any) -> tuple[torch.Tensor, ...]:
         return _Call(spec, entry_name, call).allocate()
 
-    for key in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, run, key)
-    torch.library.register_fake(f"rwkv_jit::{name}", fake, lib=_LIBRARY)
-    op: Callable[..., Sequence[torch.Tensor]] = getattr(torch.ops.rwkv_jit, name).default
-    return op
+    return register(spec, entry_name, run, fake)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ DECAYS = ("loglog", "logit", "log", "factor")
 STATE_LAYOUTS = ("vk", "kv")
 # The states that the forward keeps for the backward: in the dtype that is computed in, or rounded.
 CHECKPOINT_DTYPES = ("accumulator", "bf16")
-ENTRIES = ("forward", "backward")
+ENTRIES = ("forward", "backward", "decode")
 MAX_HEAD_SIZE = 256
 DEFAULT_CHUNK_LENGTH = 16
 # What a bound on log d, declared by the caller, must be at least to make a difference to kernels.

@@ -47,5 +47,9 @@ class BundleError(RwkvJitError, RuntimeError):
     """A bundle of prebuilt kernels cannot be made, or cannot be used safely."""
 
 
+class PoolError(RwkvJitError, RuntimeError):
+    """A pool of states has no room, or a slot is used that is not owned."""
+
+
 class BenchError(RwkvJitError, RuntimeError):
     """A benchmark cannot be run as it was asked for."""

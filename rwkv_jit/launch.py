@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import _ctypes
 import ctypes
+import functools
+import logging
 import os
-from collections.abc import Mapping
+import struct
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,9 +30,11 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
 }
 # What *_dtype members of the argument block hold: rwkv_jit::DtypeCode in the templates.
 _DTYPE_CODES = {dtype: code for code, dtype in enumerate(TORCH_DTYPES.values())}
-_CTYPES = {"pointer": ctypes.c_void_p, "int64": ctypes.c_int64, "int32": ctypes.c_int32}
+# Of a C struct's members, as the module struct writes them.
+_FORMATS = {"pointer": "P", "int64": "q", "int32": "i"}
 # Vector loads need this; a view that begins elsewhere is copied.
-_ALIGNMENT = 16
+ALIGNMENT = 16
+_LOG = logging.getLogger("rwkv_jit")
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -42,12 +47,32 @@ def dtype_name(dtype: torch.dtype) -> str:
     )
 
 
+def dtype_code(dtype: torch.dtype) -> int:
+    """What a *_dtype member of the argument block holds for a dtype."""
+    return _DTYPE_CODES[dtype]
+
+
+def current_stream(gpu: int) -> int:
+    """What the stream member of the argument block holds: the current stream of a GPU by its
+    index; -1 is a CPU."""
+    if gpu < 0:
+        return 0
+    # torch.cuda.current_stream makes an object for this, which takes longer than a launch.
+    stream: int = torch._C._cuda_getCurrentRawStream(gpu)
+    return stream
+
+
+@functools.cache
+def _several_gpus() -> bool:
+    return torch.cuda.device_count() > 1
+
+
 @dataclass(frozen=True, slots=True)
 class Kernel:
     """A loaded kernel of one configuration and entry.
 
     identity: what the library says it is.
-    block: the launcher's argument block.
+    block: writes the launcher's argument block.
     sources: for each of its members what it holds ("pointer", "dtype", "size", "stream" or
         "threads"), and of which tensor or size.
     """
@@ -55,7 +80,7 @@ class Kernel:
     identity: str
     config: OpConfig
     library: ctypes.CDLL
-    block: type[ctypes.Structure]
+    block: struct.Struct
     sources: tuple[tuple[str, str], ...]
 
     def launch(
@@ -64,48 +89,46 @@ class Kernel:
         sizes: Mapping[str, int],
         device: torch.device,
     ) -> None:
-        """Run on the current stream of `device`, where the tensors are. Sizes are S, T, H and C.
-        Allocates nothing and does not synchronise. Raises KernelLaunchError with the device's own
-        words."""
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):
-                self._launch(tensors, sizes, device)
-        else:
-            self._launch(tensors, sizes, device)
-
-    def _launch(
-        self,
-        tensors: Mapping[str, torch.Tensor | None],
-        sizes: Mapping[str, int],
-        device: torch.device,
-    ) -> None:
-        values: list[int | None] = []
+        """Run on the current stream of `device`, where the tensors are. Sizes are those of the
+        entry. Allocates nothing and does not synchronise. Raises KernelLaunchError with the
+        device's own words."""
+        gpu = device.index if device.type == "cuda" else -1
+        values: list[int] = []
         for source, name in self.sources:
             if source == "pointer":
                 tensor = tensors[name]
-                values.append(None if tensor is None else tensor.data_ptr())
+                values.append(0 if tensor is None else tensor.data_ptr())
             elif source == "size":
                 values.append(sizes[name])
             elif source == "dtype":
                 tensor = tensors[name]
-                values.append(0 if tensor is None else _DTYPE_CODES[tensor.dtype])
+                values.append(0 if tensor is None else dtype_code(tensor.dtype))
             elif source == "stream":
-                on_gpu = device.type == "cuda"
-                values.append(torch.cuda.current_stream(device).cuda_stream if on_gpu else None)
+                values.append(current_stream(gpu))
             else:
                 values.append(torch.get_num_threads())
-        code = self.library.rwkv_jit_launch(ctypes.byref(self.block(*values)))
-        if code != 0:
-            raise KernelLaunchError(self._failure(code, device))
+        self.call(values, gpu)
 
-    def _failure(self, code: int, device: torch.device) -> str:
+    def call(self, values: Sequence[int], gpu: int) -> None:
+        """Run with these members of the argument block, the stream among them, on a GPU by its
+        index; -1 is a CPU. A null pointer is 0."""
+        block = self.block.pack(*values)
+        if gpu < 0 or not _several_gpus() or gpu == torch.cuda.current_device():
+            code = self.library.rwkv_jit_launch(block)
+        else:
+            with torch.cuda.device(gpu):
+                code = self.library.rwkv_jit_launch(block)
+        if code != 0:
+            raise KernelLaunchError(self._failure(code, gpu))
+
+    def _failure(self, code: int, gpu: int) -> str:
         message = f"{self.identity}: launch failed: {self.library.rwkv_jit_error(code).decode()}"
-        if device.type == "cuda":
-            here = cuda_arch_of_capability(*torch.cuda.get_device_capability(device))
+        if gpu >= 0:
+            here = cuda_arch_of_capability(*torch.cuda.get_device_capability(gpu))
             if here != self.config.arch:
                 message += (
-                    f"; the kernel is for {display_arch(self.config.arch)} but {device} is "
-                    f"{display_arch(here)}: get the operator with device={str(device)!r}"
+                    f"; the kernel is for {display_arch(self.config.arch)} but cuda:{gpu} is "
+                    f"{display_arch(here)}: get the operator with device='cuda:{gpu}'"
                 )
         return message
 
@@ -129,11 +152,9 @@ def load_kernel(spec: OpSpec, config: OpConfig, entry: str, library: Path) -> Ke
             f"{identity}: {library} says it is {said} with launcher ABI {abi}, "
             f"but {identity} with ABI {LAUNCHER_ABI} was expected"
         )
-    block = type(
-        "Arguments",
-        (ctypes.Structure,),
-        {"_fields_": [(field.name, _CTYPES[field.kind]) for field in fields]},
-    )
+    # A bytes object goes as the address of what it holds.
+    loaded.rwkv_jit_launch.argtypes = [ctypes.c_char_p]
+    block = struct.Struct("@" + "".join(_FORMATS[field.kind] for field in fields))
     return Kernel(identity, config, loaded, block, tuple(map(_source, fields)))
 
 
@@ -150,7 +171,13 @@ def launchable(tensor: torch.Tensor | None) -> torch.Tensor | None:
     if tensor is None:
         return None
     tensor = tensor.contiguous()
-    return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
+    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
+
+
+@functools.cache
+def announce_reference(name: str) -> None:
+    """Say, once in a process, that an operator runs no kernel."""
+    _LOG.warning("%s: RWKV_JIT_MODE=reference: running the PyTorch recurrence, not a kernel", name)
 
 
 def on_device_of(config: OpConfig, tensor: torch.Tensor) -> bool:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -48,6 +50,23 @@ class KernelTable:
     def peek(self, slug: str, entry: str) -> LoadedKernel | None:
         """The loaded kernel, if it is loaded."""
         return self._loaded.get((slug, entry))
+
+    def describe(self, slug: str, entries: Sequence[str]) -> dict[str, Any]:
+        """Of each of these entries that is loaded, where its binary lies, what the compiler said of
+        it and how long it took to build."""
+        kernels: dict[str, Any] = {}
+        for entry in entries:
+            loaded = self.peek(slug, entry)
+            if loaded is not None:
+                manifest = loaded.origin.manifest
+                kernels[entry] = {
+                    "library": str(loaded.origin.library),
+                    "digest": manifest.digest,
+                    "built": manifest.created,
+                    "build_seconds": manifest.build_seconds,
+                    "resources": manifest.resources,
+                }
+        return kernels
 
     def freeze(self, on_build: str) -> None:
         """From now on a build is an "error", or worth a warning ("warn"), or fine ("off")."""

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import functools
-import logging
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 
 from .arch import cuda_arch_of_capability, host_cpu_arch, is_cuda, parse_arch
-from .arguments import check_arguments, dtype_of
+from .arguments import bind, cast_for_autocast, check_arguments, dtype_of, widen
 from .autograd import torch_ops
-from .config import DEFAULT_CHUNK_LENGTH, ENTRIES, OpConfig, default_state_dtype, is_bounded
-from .errors import ArgumentError, ConfigError
-from .launch import TORCH_DTYPES, dtype_name
+from .config import DEFAULT_CHUNK_LENGTH, OpConfig, default_state_dtype, is_bounded
+from .decode import DecodeOp
+from .errors import ConfigError
+from .launch import TORCH_DTYPES, announce_reference, dtype_name
 from .loader import KERNELS
 from .ops import SPECS, get_spec
 from .reference import REFERENCES
@@ -21,7 +21,6 @@ from .settings import current_settings
 
 BUILD_POLICIES = ("auto", "never", "always")
 _MOST_SIGNATURES = 1024
-_LOG = logging.getLogger("rwkv_jit")
 
 
 class Op:
@@ -45,11 +44,7 @@ class Op:
         )
         self._checked: set[tuple[Any, ...]] = set()
         self._flags = tuple(name for name in self._optional if name in self._public)
-        self._widened = tuple(
-            (tensor.name, len(tensor.shape))
-            for tensor in forward.inputs
-            if tensor.last_axis_optional
-        )
+        self._widened = tuple(tensor for tensor in forward.inputs if tensor.last_axis_optional)
 
     def __repr__(self) -> str:
         return f"<rwkv_jit.Op {self._slug}>"
@@ -80,14 +75,11 @@ class Op:
         Raises ArgumentError for tensors that do not fit, and what building or loading a kernel
         raises at the first call. The formula is in docs/adding_an_operator.md and `op.info()`.
         """
-        values = self._bind(args, kwargs)
+        values = bind(self._spec, args, kwargs)
         if torch.is_autocast_enabled(self._device_type):
-            self._cast(values)
+            cast_for_autocast(self._spec, self.config, values)
         self._check(values)
-        for name, rank in self._widened:
-            if values[name].dim() < rank:
-                narrow = values[name][..., None]
-                values[name] = narrow.expand(*narrow.shape[:-1], self.config.head_size)
+        widen(self._widened, self.config, values)
         if self._runs_reference:
             return self._reference(values)
         tensors = [values[name] for name in self._inputs]
@@ -103,7 +95,7 @@ class Op:
 
     def load(self, *, backward: bool = True) -> None:
         """Find or build the kernels now, rather than at the first call."""
-        for entry in ENTRIES if backward else ("forward",):
+        for entry in self._spec.entries if backward else ("forward",):
             KERNELS.get(self._slug, entry)
 
     def info(self) -> dict[str, Any]:
@@ -111,18 +103,6 @@ class Op:
         states that a forward keeps for the backward, and for each kernel that is loaded where its
         binary lies, what the compiler said of it (registers, spills, shared memory) and how long it
         took to build."""
-        kernels: dict[str, Any] = {}
-        for entry in ENTRIES:
-            loaded = KERNELS.peek(self._slug, entry)
-            if loaded is not None:
-                manifest = loaded.origin.manifest
-                kernels[entry] = {
-                    "library": str(loaded.origin.library),
-                    "digest": manifest.digest,
-                    "built": manifest.created,
-                    "build_seconds": manifest.build_seconds,
-                    "resources": manifest.resources,
-                }
         return {
             "slug": self._slug,
             "summary": self._spec.summary,
@@ -130,7 +110,7 @@ class Op:
             "mode": current_settings().mode,
             "bounded": self.config.bounded,
             "kept_bytes_per_token_and_head": self._kept_bytes(),
-            "kernels": kernels,
+            "kernels": KERNELS.describe(self._slug, tuple(self._spec.entries)),
         }
 
     def _kept_bytes(self) -> float:
@@ -138,25 +118,6 @@ class Op:
         dtype = dtype_of("checkpoint", self.config, {})
         spacing = self._spec.checkpoint_spacing(self.config, "forward")
         return float(self.config.head_size**2 * dtype.itemsize / spacing)
-
-    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        parameters = self._spec.parameters
-        if len(args) > len(parameters):
-            raise ArgumentError(
-                f"{self._spec.name}: takes {len(parameters)} arguments ({', '.join(parameters)}), "
-                f"but {len(args)} were given"
-            )
-        values = dict(zip(parameters, args, strict=False))
-        for name, value in kwargs.items():
-            if name not in parameters or name in values:
-                problem = "is given twice" if name in values else "is not an argument"
-                raise ArgumentError(
-                    f"{self._spec.name}: {name} {problem}; it takes {', '.join(parameters)}"
-                )
-            values[name] = value
-        for name in parameters:
-            values.setdefault(name, False if name.startswith("output_") else None)
-        return values
 
     def _check(self, values: dict[str, Any]) -> None:
         """Check the arguments, once for tensors of the same shapes, dtypes and device.
@@ -178,20 +139,9 @@ class Op:
         else:
             check_arguments(self._spec, self.config, values)
 
-    def _cast(self, values: dict[str, Any]) -> None:
-        dtype = TORCH_DTYPES[self.config.dtype]
-        for tensor in self._spec.entries["forward"].inputs:
-            value = values[tensor.name]
-            if "op" not in tensor.dtype or not isinstance(value, torch.Tensor):
-                continue
-            if value.is_floating_point() and not (
-                value.dtype == torch.float32 and "fp32" in tensor.dtype
-            ):
-                values[tensor.name] = value.to(dtype)
-
     def _reference(self, values: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
         if not torch.compiler.is_compiling():
-            _announce_reference(self._spec.name)
+            announce_reference(self._spec.name)
         y, final_state = REFERENCES[self._spec.name](
             *(values[name] for name in self._spec.parameters),
             decay=self.config.decay,
@@ -201,6 +151,40 @@ class Op:
         if final_state is not None:
             final_state = final_state.to(TORCH_DTYPES[self.config.state_dtype])
         return y.to(TORCH_DTYPES[self.config.dtype]), final_state
+
+
+@overload
+def get_op(  # type: ignore[overload-overlap]
+    name: Literal["wkv5_decode", "wkv6_decode", "wkv7_decode"],
+    *,
+    head_size: int,
+    dtype: torch.dtype,
+    device: torch.device | str | int | None = None,
+    arch: str | None = None,
+    decay: str = "loglog",
+    state_dtype: torch.dtype | None = None,
+    state_layout: str = "vk",
+    lower_bound: float | None = None,
+    build: str = "auto",
+) -> DecodeOp: ...
+
+
+@overload
+def get_op(
+    name: str = "wkv7",
+    *,
+    head_size: int,
+    dtype: torch.dtype,
+    chunk_length: int | None = None,
+    device: torch.device | str | int | None = None,
+    arch: str | None = None,
+    decay: str = "loglog",
+    state_dtype: torch.dtype | None = None,
+    state_layout: str = "vk",
+    checkpoint_dtype: torch.dtype | None = None,
+    lower_bound: float | None = None,
+    build: str = "auto",
+) -> Op: ...
 
 
 def get_op(
@@ -217,10 +201,10 @@ def get_op(
     checkpoint_dtype: torch.dtype | None = None,
     lower_bound: float | None = None,
     build: str = "auto",
-) -> Op:
+) -> Op | DecodeOp:
     """The operator of one configuration. The same configuration is the same object.
 
-    name: one of `list_ops()`.
+    name: one of `list_ops()`; "wkv7_decode" and the like, for serving, are a DecodeOp.
     head_size: N. On a CPU a multiple of 8 up to 256; on a GPU 16, 32, 64, 128 or 256.
     dtype: of the tokens' vectors and y: bfloat16, float16 or float32, on a CPU float64 too.
     chunk_length: L, tokens that a kernel takes together, or that lie between the states kept for
@@ -271,7 +255,7 @@ def _get_op(
     lower_bound: float | None,
     build: str,
     current_gpu: int | None,
-) -> Op:
+) -> Op | DecodeOp:
     if build not in BUILD_POLICIES:
         raise ConfigError(
             f"{name}: build={build!r} is not known; choose from {', '.join(BUILD_POLICIES)}"
@@ -299,8 +283,8 @@ def _get_op(
 
 
 @functools.cache
-def _op(config: OpConfig) -> Op:
-    return Op(config)
+def _op(config: OpConfig) -> Op | DecodeOp:
+    return DecodeOp(config) if "decode" in get_spec(config.op).entries else Op(config)
 
 
 @functools.cache
@@ -328,8 +312,3 @@ def _device_arch(device: torch.device | str | int | None, current_gpu: int | Non
             "pass arch= to build for a GPU that is elsewhere"
         )
     return cuda_arch_of_capability(*torch.cuda.get_device_capability(device))
-
-
-@functools.cache
-def _announce_reference(name: str) -> None:
-    _LOG.warning("%s: RWKV_JIT_MODE=reference: running the PyTorch recurrence, not a kernel", name)

@@ -16,7 +16,6 @@ from .errors import RwkvJitError
 from .spec import LAUNCHER_ABI, EntrySpec, KernelVariant, OpSpec
 
 _INCLUDE = re.compile(r'^[ \t]*#include "(rwkv_jit/[a-z0-9_./]+)"[^\n]*\n', re.MULTILINE)
-_SIZES = ("S", "T", "H", "C")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +53,7 @@ def argument_block(entry: EntrySpec, variant: KernelVariant) -> tuple[BlockField
             for tensor in tensors
             if tensor.has_dtype_field
         ),
-        *(BlockField(size, "int64") for size in _SIZES),
+        *(BlockField(size, "int64") for size in entry.sizes),
         BlockField("stream", "pointer"),
         BlockField("threads", "int64"),
     )

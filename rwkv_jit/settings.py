@@ -37,6 +37,7 @@ class Settings:
     cxx: name or path of the host compiler, where it must be a certain one.
     bundle_path: bundles of prebuilt kernels, in the order in which they are searched.
     bundle_keys: files of public keys; where there are any, a bundle must be signed with one.
+    debug: look at values on a GPU that are otherwise not looked at, which waits for it.
     """
 
     cache_dir: Path | None = None
@@ -52,6 +53,7 @@ class Settings:
     cxx: str | None = None
     bundle_path: tuple[Path, ...] = ()
     bundle_keys: tuple[Path, ...] = ()
+    debug: bool = False
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Settings:
@@ -80,6 +82,7 @@ class Settings:
             cxx=environment.get("CXX") or None,
             bundle_path=_paths(environment, "RWKV_JIT_BUNDLE_PATH"),
             bundle_keys=_paths(environment, "RWKV_JIT_BUNDLE_KEYS"),
+            debug=_switch(environment, "RWKV_JIT_DEBUG"),
         )
 
 

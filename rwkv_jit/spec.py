@@ -18,14 +18,16 @@ LAUNCHER_ABI = 1
 class TensorSpec:
     """One tensor of an entry.
 
-    shape: letters: B batch, S sequences, T tokens, H heads, N head size, L tokens between two state
-        checkpoints, Q a quarter of them, and C state checkpoints, which are B * T // L + S.
+    shape: letters: B batch, S sequences, T tokens, H heads, N head size, P slots of a pool of
+        states, L tokens between two state checkpoints, Q a quarter of them, and C state
+        checkpoints, which are B * T // L + S.
     dtype: the dtypes that it may have: "op" (the operator's), "state", "accumulator" (float32, or
         float64 for a float64 operator), "like:<tensor>", or a dtype's name. Where there are
         several, the argument block says at run time which one it is.
     optional: an input that may be None, or an output that is made only when asked for.
     last_axis_optional: an input that may be given without its last axis, N, and is then the same
         all along it.
+    mutated: an input that the kernel writes to. It is never copied.
     """
 
     name: str
@@ -34,6 +36,7 @@ class TensorSpec:
     meaning: str
     optional: bool = False
     last_axis_optional: bool = False
+    mutated: bool = False
 
     @property
     def has_dtype_field(self) -> bool:
@@ -43,10 +46,12 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EntrySpec:
-    """The tensors of one entry point, in the order of the argument block."""
+    """The tensors of one entry point, in the order of the argument block, and the sizes that its
+    launcher is told."""
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    sizes: tuple[str, ...] = ("S", "T", "H", "C")
 
     @property
     def optional_outputs(self) -> tuple[str, ...]:
@@ -93,6 +98,7 @@ class KernelVariant:
 class OpSpec:
     """An operator: its tensors, its kernels, and the source of its formula.
 
+    entries: the first is the one that is called.
     In `entries["backward"]` a tensor named like one of the forward entry is that tensor, saved;
     `d<name>` is the gradient of `<name>`. In the forward entry `saved_outputs` are the outputs that
     exist for the backward alone. `parameters` is the public call: inputs by name, and
@@ -107,6 +113,11 @@ class OpSpec:
     saved_outputs: tuple[str, ...]
     decays: tuple[str, ...]
     variants: tuple[KernelVariant, ...] = field(repr=False)
+
+    @property
+    def called(self) -> EntrySpec:
+        """The entry that is called: "forward" or "decode"."""
+        return next(iter(self.entries.values()))
 
     def variant(self, config: OpConfig, entry: str) -> KernelVariant:
         """The kernel that serves `config`. Raises ConfigError with what could be chosen instead."""

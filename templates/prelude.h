@@ -12,8 +12,9 @@ struct Arguments {
   // clang-format on
 };
 
-constexpr int N = {{head_size}};     // head size
-constexpr int L = {{chunk_length}};  // tokens between two checkpoints
+constexpr int N = {{head_size}};  // head size
+// Tokens between two checkpoints.
+[[maybe_unused]] constexpr int L = {{chunk_length}};
 constexpr bool STATE_IS_KV = {{state_is_kv}};
 
 }  // namespace

@@ -9,7 +9,12 @@ import torch
 
 from rwkv_jit import Op
 from rwkv_jit.launch import TORCH_DTYPES
+from rwkv_jit.ops import SPECS
 from rwkv_jit.reference import REFERENCES
+
+# Operators on whole sequences, and those for serving.
+SEQUENCE_OPS = tuple(name for name, spec in SPECS.items() if "forward" in spec.entries)
+DECODE_OPS = tuple(name for name, spec in SPECS.items() if "decode" in spec.entries)
 
 # Relative RMS error allowed, by the operator's dtype: outputs, gradients, gradient of w.
 TOLERANCES: Mapping[str, tuple[float, float, float]] = {
@@ -172,8 +177,8 @@ def reference(op: Op, call: Call, *, gradients: bool = True) -> dict[str, torch.
     return {name: x.detach() for name, x in results.items()}
 
 
-def assert_matches_reference(op: Op, call: Call, device: str) -> None:
-    """Every result and gradient of `op` within the tolerance of its dtype."""
+def assert_matches_reference(op: Op, call: Call, device: str, *, of_y: float | None = None) -> None:
+    """Every result and gradient of `op` within the tolerance of its dtype, y within `of_y`."""
     call = call.rounded(op)
     results, truth = run(op, call, device), reference(op, call)
     errors = {name: relative_rms(results[name], truth[name]) for name in truth}
@@ -182,6 +187,7 @@ def assert_matches_reference(op: Op, call: Call, device: str) -> None:
         name: decay if name == "dw" else gradient if name.startswith("d") else output
         for name in truth
     }
+    bounds["y"] = output if of_y is None else of_y
     # A state stored in 16 bits is rounded as y is, whatever the operator computes in.
     for name in ("final_state", "dinitial_state"):
         bounds[name] = max(bounds.get(name, 0.0), TOLERANCES[op.config.state_dtype][0])

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from comparing import random_call, reference, relative_rms, run
-from rwkv_jit import Op, get_op, list_ops
+from comparing import SEQUENCE_OPS, random_call, reference, relative_rms, run
+from rwkv_jit import Op, get_op
 from rwkv_jit.autograd import torch_ops
 from rwkv_jit.errors import KernelMissingError
 
@@ -18,7 +18,7 @@ DEVICES = [
     pytest.param("cuda", id="cuda", marks=pytest.mark.gpu),
 ]
 on_each_device = pytest.mark.parametrize("device", DEVICES)
-for_each_op = pytest.mark.parametrize("name", list_ops())
+for_each_op = pytest.mark.parametrize("name", SEQUENCE_OPS)
 
 
 def small_op(device: str, dtype: torch.dtype = torch.float32, name: str = "wkv7") -> Op:

@@ -16,6 +16,7 @@ import torch
 from comparing import random_call, reference, relative_rms
 from rwkv_jit import Op, OpConfig, get_op, list_ops, registry
 from rwkv_jit.errors import ArgumentError, ConfigError, KernelMissingError
+from rwkv_jit.launch import announce_reference
 from rwkv_jit.ops import SPECS
 from rwkv_jit.render import render
 from rwkv_jit.settings import Settings
@@ -44,7 +45,7 @@ def test_a_hit_costs_at_most_five_microseconds() -> None:
 
 
 def test_operators_are_listed() -> None:
-    assert list_ops() == ("wkv5", "wkv6", "wkv7")
+    assert list_ops() == ("wkv5", "wkv6", "wkv7", "wkv5_decode", "wkv6_decode", "wkv7_decode")
 
 
 def test_a_configuration_for_an_architecture_elsewhere_needs_no_gpu() -> None:
@@ -167,7 +168,7 @@ def test_reference_mode_runs_the_recurrence_and_says_so_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(registry, "current_settings", lambda: Settings(mode="reference"))
-    registry._announce_reference.cache_clear()
+    announce_reference.cache_clear()
     # No kernel of this size is built anywhere in the tests.
     op = get_op(head_size=88, dtype=torch.bfloat16, device="cpu", decay="log")
     call = random_call(1, 5, 2, 88, w=torch.tensor(-0.5)).rounded(op)

@@ -16,7 +16,7 @@ def test_empty_environment_gives_the_defaults() -> None:
     assert Settings().build_timeout == 900
 
 
-def test_variables_of_the_cache_are_read() -> None:
+def test_variables_are_read() -> None:
     settings = Settings.from_environment(
         {
             "RWKV_JIT_CACHE_DIR": "/somewhere",
@@ -24,8 +24,10 @@ def test_variables_of_the_cache_are_read() -> None:
             "RWKV_JIT_ALLOW_SHARED_CACHE": "1",
             "RWKV_JIT_BUILD_TIMEOUT": "60",
             "RWKV_JIT_LOCK_TIMEOUT": "2.5",
+            "RWKV_JIT_DEBUG": "1",
         }
     )
+    assert settings.debug
     assert settings.cache_dir == Path("/somewhere")
     assert settings.cache_max_bytes == 500 << 20
     assert settings.allow_shared_cache

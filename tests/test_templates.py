@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import subprocess
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 
 from rwkv_jit.arch import CUDA_ARCHES, host_cpu_arch
 from rwkv_jit.build import kernel_resources
-from rwkv_jit.config import ENTRIES, OpConfig
+from rwkv_jit.config import OpConfig
 from rwkv_jit.errors import ToolchainError
 from rwkv_jit.ops import SPECS
 from rwkv_jit.render import render, template_dir, template_variables
@@ -33,9 +32,9 @@ def undeclared(name: str) -> set[str]:
     return found
 
 
-def example_configs() -> list[OpConfig]:
-    """One configuration of each variant of each operator."""
-    return [
+def example_kernels() -> list[tuple[OpConfig, str]]:
+    """One configuration of each variant of each operator, with each entry."""
+    configs = [
         OpConfig(
             op=spec.name,
             head_size=variant.head_sizes[0],
@@ -46,10 +45,10 @@ def example_configs() -> list[OpConfig]:
         for spec in SPECS.values()
         for variant in spec.variants
     ]
+    return [(config, entry) for config in configs for entry in SPECS[config.op].entries]
 
 
-@pytest.mark.parametrize("entry", ENTRIES)
-@pytest.mark.parametrize("config", example_configs(), ids=lambda config: config.slug)
+@pytest.mark.parametrize(("config", "entry"), example_kernels(), ids=str)
 def test_a_template_uses_exactly_what_the_renderer_passes(config: OpConfig, entry: str) -> None:
     spec = SPECS[config.op]
     passed = template_variables(spec, config, entry, "identity")
@@ -75,7 +74,7 @@ def test_template_files_are_short_and_narrow() -> None:
 
 
 def test_a_rendered_source_is_one_file_of_system_headers_only() -> None:
-    for config, entry in itertools.product(example_configs(), ENTRIES):
+    for config, entry in example_kernels():
         source = render(SPECS[config.op], config, entry)
         includes = [line for line in source.text.splitlines() if line.startswith("#include")]
         assert includes
@@ -119,10 +118,14 @@ TARGETS = [
 FEWER_TARGETS = [*((arch, 64, "bf16") for arch in CUDA_ARCHES), ("sm80", 256, "fp16")]
 
 
-@pytest.mark.parametrize("entry", ENTRIES)
 @pytest.mark.parametrize(
-    ("op", "arch", "size", "dtype"),
-    [(op, *row) for op in SPECS for row in (FEWER_TARGETS if op == "wkv5" else TARGETS)],
+    ("op", "entry", "arch", "size", "dtype"),
+    [
+        (op, entry, *row)
+        for op, spec in SPECS.items()
+        for row in (FEWER_TARGETS if op.startswith("wkv5") else TARGETS)
+        for entry in spec.entries
+    ],
 )
 def test_every_cuda_template_compiles_and_nothing_spills(
     op: str, arch: str, size: int, dtype: str, entry: str, tmp_path: Path
@@ -131,7 +134,7 @@ def test_every_cuda_template_compiles_and_nothing_spills(
     assert_nothing_spills(config, entry, tmp_path)
 
 
-@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("entry", SPECS["wkv7"].entries)
 @pytest.mark.parametrize(
     ("arch", "size"), [("sm80", 64), ("sm86", 64), ("sm90a", 64), ("sm90a", 128)]
 )
@@ -142,3 +145,21 @@ def test_kernels_of_bounded_decays_compile_and_nothing_spills(
         op="wkv7", head_size=size, dtype="bf16", chunk_length=16, arch=arch, bounded=True
     )
     assert_nothing_spills(config, entry, tmp_path)
+
+
+@pytest.mark.parametrize("state_dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("layout", ["vk", "kv"])
+@pytest.mark.parametrize(("arch", "size"), [("sm80", 32), ("sm90a", 64), ("sm90a", 256)])
+def test_no_order_or_dtype_of_a_pool_makes_a_kernel_spill(
+    state_dtype: str, layout: str, arch: str, size: int, tmp_path: Path
+) -> None:
+    config = OpConfig(
+        op="wkv7_decode",
+        head_size=size,
+        dtype="bf16",
+        chunk_length=16,
+        arch=arch,
+        state_dtype=state_dtype,
+        state_layout=layout,
+    )
+    assert_nothing_spills(config, "decode", tmp_path)

@@ -8,6 +8,11 @@ _SHAPES = {
     "cuda": ("8,4096,64,64", "8,4096,32,128", "1,8192,32,64", "4,1024,16,64"),
     "cpu": ("1,1024,12,64",),
 }
+# Of serving operators, whose T is what is decoded at once.
+_DECODE_SHAPES = {
+    "cuda": ("1,1,32,64", "32,1,32,64", "256,1,32,64", "1024,1,32,64"),
+    "cpu": ("16,1,12,64",),
+}
 _DTYPES = {"cuda": ("bf16", "fp32"), "cpu": ("fp32",)}
 # The largest length and number of heads of a plot.
 _CORNERS = {"cuda": "8,8192,64,64", "cpu": "1,512,8,64"}
@@ -42,21 +47,24 @@ class Shape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One operator, shape and dtype, and whether it is told that decays are bounded."""
+    """One operator, shape and dtype. state_dtype: where it is not the dtype's own. bounded: whether
+    it is told that decays are."""
 
     op: str
     shape: Shape
     dtype: str
+    state_dtype: str = ""
     bounded: bool = False
 
     def __str__(self) -> str:
+        states = f", states in {self.state_dtype}" if self.state_dtype else ""
         told = " bounded" if self.bounded else ""
-        return f"{self.op} ({str(self.shape).replace(',', ', ')}) {self.dtype}{told}"
+        return f"{self.op} ({str(self.shape).replace(',', ', ')}) {self.dtype}{told}{states}"
 
 
-def default_shapes(device: str) -> list[Shape]:
+def default_shapes(device: str, *, serving: bool = False) -> list[Shape]:
     """What is measured where no shape is named."""
-    return [Shape.parse(text) for text in _SHAPES[device]]
+    return [Shape.parse(text) for text in (_DECODE_SHAPES if serving else _SHAPES)[device]]
 
 
 def default_dtypes(device: str) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -63,12 +64,17 @@ def line_up(
     what no kernel of ours serves."""
     first = ours(case, device)
     found: list[Contender | Absentee] = [first]
-    if device == "cpu":
+    if device == "cpu" and not is_serving(case.op):
         found.append(loop(first.config))
     if known_peers:
         found.extend(peers(first.config))
     own = (peer_of_file(path, first.config) for path in peer_files)
     return [*found, *(peer for peer in own if peer is not None)]
+
+
+def is_serving(op: str) -> bool:
+    """Whether an operator is one for serving, on a pool of states and without gradients."""
+    return "decode" in get_spec(op).entries
 
 
 def ours(case: Case, device: str) -> Contender:
@@ -83,12 +89,20 @@ def ours(case: Case, device: str) -> Contender:
         device=device,
         decay=spec.decays[0],
         lower_bound=BOUNDED_FROM if case.bounded else None,
+        state_dtype=TORCH_DTYPES[case.state_dtype] if case.state_dtype else None,
     )
+
+    def call(tensors: Tensors) -> torch.Tensor:
+        results: Any = op(**tensors)
+        y: torch.Tensor = results if is_serving(case.op) else results[0]
+        return y
+
     return Contender(
         name=OURS,
-        call=lambda tensors: op(**tensors)[0],
+        call=call,
         config=op.config,
-        limit=LIMITS[case.dtype],
+        # A state of 16 bits is rounded as y is.
+        limit=max(LIMITS[case.dtype], LIMITS[op.config.state_dtype]),
         kernels={entry: spec.variant(op.config, entry).template for entry in spec.entries},
     )
 

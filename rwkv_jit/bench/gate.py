@@ -30,26 +30,33 @@ def slice_of(shape: Shape) -> Shape:
 
 
 def relative_errors(
-    results: Results, truth: Results, tensors: Tensors, names: Sequence[str] = ("y",)
+    results: Results,
+    truth: Results,
+    tensors: Tensors,
+    names: Sequence[str] = ("y",),
+    *,
+    gradients: bool = True,
 ) -> dict[str, float]:
-    """Relative RMS error of each result and of each tensor's gradient (`d<name>`).
+    """Relative RMS error of each result and, with `gradients`, of each tensor's (`d<name>`).
 
     results: what is examined. truth: gets the same in float64 on the CPU. Both return a
     tensor for each of `names`, and may return None for others. An error that is no number is
     infinite.
     """
-    leaves = [x.detach().clone().requires_grad_() for x in tensors.values()]
+    leaves = [x.detach().clone().requires_grad_(gradients) for x in tensors.values()]
+    exact = [x.detach().to("cpu", torch.float64).requires_grad_(gradients) for x in leaves]
     outputs = _made(results, dict(zip(tensors, leaves, strict=True)))
-    given = [draw_gradient(x) for x in outputs]
-    gradients = torch.autograd.grad(outputs, leaves, given)
-    exact = [x.detach().to("cpu", torch.float64).requires_grad_() for x in leaves]
     right = _made(truth, dict(zip(tensors, exact, strict=True)))
-    right_gradients = torch.autograd.grad(right, exact, [x.double().cpu() for x in given])
-    pairs = zip((*outputs, *gradients), (*right, *right_gradients), strict=True)
-    labels = (*names, *(f"d{name}" for name in tensors))
+    labels, pairs = [*names], [*zip(outputs, right, strict=True)]
+    if gradients:
+        given = [draw_gradient(x) for x in outputs]
+        made = torch.autograd.grad(outputs, leaves, given)
+        expected = torch.autograd.grad(right, exact, [x.double().cpu() for x in given])
+        labels += [f"d{name}" for name in tensors]
+        pairs += zip(made, expected, strict=True)
     return {
-        label: _relative_rms(value.detach().double().cpu(), expected.detach())
-        for label, (value, expected) in zip(labels, pairs, strict=True)
+        label: _relative_rms(value.detach().double().cpu(), right_value.detach())
+        for label, (value, right_value) in zip(labels, pairs, strict=True)
     }
 
 

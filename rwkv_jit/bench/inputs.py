@@ -22,11 +22,12 @@ def draw(spec: OpSpec, config: OpConfig, shape: Shape, device: str) -> Tensors:
     the dtype can: d = exp(-exp(-1/2) sigmoid(x)) with x normal. |a| = 1 and b = -a * gate.
     """
     sizes = {"B": shape.batch, "T": shape.length, "H": shape.heads, "N": shape.head_size}
+    sizes["P"] = shape.batch
     precise = TORCH_DTYPES[default_state_dtype(config.dtype)]
     generator = torch.Generator(device).manual_seed(0)
     exact: Tensors = {}
     drawn: Tensors = {}
-    for tensor in spec.entries["forward"].inputs:
+    for tensor in spec.called.inputs:
         if tensor.optional:
             continue
         x = torch.randn(
@@ -53,16 +54,20 @@ def draw_gradient(y: torch.Tensor) -> torch.Tensor:
 
 
 def fewest_bytes(spec: OpSpec, config: OpConfig, tensors: Tensors, *, backward: bool) -> int:
-    """Bytes of a call with `tensors` if each is moved once by each entry that names it.
+    """Bytes of a call with `tensors` if each is moved once by each entry that names it, and twice
+    where it is changed.
 
     backward: of forward and backward together. What is optional does not count, nor does what the
     forward saves for the backward alone.
     """
-    forward = spec.entries["forward"]
-    sizes = entry_sizes(forward, spec.checkpoint_spacing(config, "forward"), tensors)
+    name, called = next(iter(spec.entries.items()))
+    sizes = entry_sizes(called, spec.checkpoint_spacing(config, name), tensors)
+    if "state" in tensors:
+        sizes["P"] = tensors["state"].shape[0]
     total = 0
-    for entry in (forward, spec.entries["backward"]) if backward else (forward,):
-        for tensor in (*entry.inputs, *entry.outputs):
+    for entry in (called, spec.entries["backward"]) if backward else (called,):
+        changed = [tensor for tensor in entry.inputs if tensor.mutated]
+        for tensor in (*entry.inputs, *entry.outputs, *changed):
             if tensor.optional or tensor.name in spec.saved_outputs:
                 continue
             dtype = allowed_dtypes(tensor, config, tensors)[0]

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from ..ops import get_spec
+from ..reference import REFERENCES
 from .cases import Case
-from .contenders import LOOP, Absentee, Contender, first_line, reference
+from .contenders import LOOP, Absentee, Contender, first_line, is_serving, reference
 from .gate import relative_errors, slice_of, worst_of
-from .inputs import draw, draw_gradient, fewest_bytes
-from .timing import Timing, extra_memory, time_of
+from .inputs import Tensors, draw, draw_gradient, fewest_bytes
+from .timing import Timing, extra_memory, time_of, time_of_step
 
 PASSES = ("forward", "both")
+STEP = "decode"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pass:
-    """The forward without gradients, or forward and backward together ("both").
+    """The forward without gradients, forward and backward together ("both"), or a step of a serving
+    operator ("decode").
 
     floor_ms: the time in which a copy moves the fewest bytes of the pass.
     loop_ms: what the loop took in the same run; None where it was not run.
@@ -116,6 +119,7 @@ def result_data(result: Result) -> dict[str, Any]:
         "shape": [shape.batch, shape.length, shape.heads, shape.head_size],
         "dtype": case.dtype,
         "bounded": case.bounded,
+        "state_dtype": case.state_dtype,
         "by": result.by,
         "status": result.status,
         "why": result.why,
@@ -167,16 +171,35 @@ def _measure(
 def _errors(case: Case, contender: Contender, device: str) -> dict[str, float]:
     config = contender.config
     tensors = draw(get_spec(case.op), config, slice_of(case.shape), device)
+    if is_serving(case.op):
+        return _errors_of_step(case, contender, tensors)
     truth = reference(config, torch.float64)
     return relative_errors(lambda x: (contender.call(x),), lambda x: (truth(x),), tensors)
+
+
+def _errors_of_step(case: Case, contender: Contender, tensors: Tensors) -> dict[str, float]:
+    """Of y and of the states afterwards."""
+    decode = REFERENCES[case.op]
+
+    def ours(x: Tensors) -> Sequence[torch.Tensor]:
+        return contender.call(x), x["state"]
+
+    def truth(x: Tensors) -> Sequence[torch.Tensor | None]:
+        return decode(*x.values(), None, decay=contender.config.decay)
+
+    return relative_errors(ours, truth, tensors, ("y", "state"), gradients=False)
 
 
 def _time(
     case: Case, contender: Contender, device: str, bandwidth: float, seconds: float
 ) -> tuple[dict[str, Pass], int | None]:
-    """Both passes, and the extra memory of the second."""
+    """Each pass, and the extra memory of the second."""
     spec, config = get_spec(case.op), contender.config
     tensors = draw(spec, config, case.shape, device)
+    if is_serving(case.op):
+        timing = time_of_step(lambda: contender.call(tensors), device, seconds)
+        least = fewest_bytes(spec, config, tensors, backward=False)
+        return {STEP: Pass(timing=timing, floor_ms=least / bandwidth * 1e3)}, None
     leaves = {name: x.detach().clone().requires_grad_() for name, x in tensors.items()}
     with torch.no_grad():
         dy = draw_gradient(contender.call(tensors))

@@ -13,7 +13,7 @@ import typer
 from ..bench.cases import Case, Shape, default_corner, default_dtypes, default_shapes, sweep
 from ..config import DTYPES, is_bounded
 from ..errors import ConfigError
-from ..ops import SPECS
+from ..ops import SPECS, get_spec
 from ..settings import current_settings
 from .commands import JsonOption, LowerBoundOption, one_of, split_list
 
@@ -39,6 +39,10 @@ def bench(
         ),
     ] = "",
     lower_bound: LowerBoundOption = None,
+    state_dtype: Annotated[
+        str,
+        typer.Option(help="Of the states of serving operators. Default: float32.", metavar="DTYPE"),
+    ] = "",
     device: Annotated[
         str, typer.Option(help=f"One of {', '.join(_DEVICES)}. Default: a GPU if there is one.")
     ] = "",
@@ -79,6 +83,9 @@ def bench(
     copy, measured in the same run, moves the fewest bytes of the operator. On a CPU a plain PyTorch
     loop over tokens in float32 runs beside.
 
+    Of a serving operator (wkv7_decode and the like) y and the states are looked at, and a step is
+    timed, on a GPU inside a CUDA graph of many.
+
     Exit code 1 if an operator fails; what becomes of peers does not count.
     """
     ops = split_list(op, "--op", str)
@@ -86,6 +93,7 @@ def bench(
     dtypes = split_list(dtype, "--dtype", one_of(DTYPES))
     shapes = _shapes(shape or (), plot)
     _check_choice(device, _DEVICES, "--device")
+    _check_choice(state_dtype, DTYPES, "--state-dtype")
     if plot is not None:
         _check_plot(plot)
 
@@ -99,7 +107,14 @@ def bench(
 
     device = device or default_device()
     corner = (shapes[0] if shapes else default_corner(device)) if plot else None
-    cases = _cases(ops, sweep(corner) if corner else shapes, dtypes, bounded, device)
+    cases = _cases(
+        _sequences(ops) if plot else ops,
+        sweep(corner) if corner else shapes,
+        dtypes,
+        state_dtype,
+        bounded,
+        device,
+    )
     line_ups = _line_ups(cases, device, known_peers=peers, peer_files=rwkv_lm or ())
     if plot is not None:
         check_plotting()
@@ -147,16 +162,45 @@ def _check_plot(path: Path) -> None:
         raise typer.BadParameter(f"{path.parent} is not a folder", param_hint="--plot")
 
 
+def _sequences(ops: Sequence[str]) -> list[str]:
+    """The operators of a plot, whose axes are those of whole sequences."""
+    serving = [op for op in ops if _is_serving(op)]
+    if serving:
+        raise typer.BadParameter(f"{serving[0]} has no plot", param_hint="--plot")
+    return list(ops) or [op for op in SPECS if not _is_serving(op)]
+
+
+def _is_serving(op: str) -> bool:
+    try:
+        return "decode" in get_spec(op).entries
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 def _cases(
-    ops: Sequence[str], shapes: Sequence[Shape], dtypes: Sequence[str], bounded: bool, device: str
+    ops: Sequence[str],
+    shapes: Sequence[Shape],
+    dtypes: Sequence[str],
+    state_dtype: str,
+    bounded: bool,
+    device: str,
 ) -> list[Case]:
     """Every combination; of what is not named, the defaults of the device."""
-    return [
-        Case(op=op, shape=shape, dtype=dtype, bounded=bounded)
-        for op in ops or SPECS
-        for dtype in dtypes or default_dtypes(device)
-        for shape in shapes or default_shapes(device)
-    ]
+    found = []
+    for op in ops or SPECS:
+        serving = _is_serving(op)
+        found += [
+            Case(
+                op=op,
+                shape=shape,
+                dtype=dtype,
+                state_dtype=state_dtype if serving else "",
+                bounded=bounded,
+            )
+            for dtype in dtypes or default_dtypes(device)
+            for shape in shapes or default_shapes(device, serving=serving)
+        ]
+    return found
 
 
 def _line_ups(

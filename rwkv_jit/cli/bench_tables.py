@@ -12,7 +12,11 @@ from rich.text import Text
 from ..bench.measure import Pass, Result
 from .tables import make_table, show_bytes
 
-_PASSES = {"forward": ("forward", "forward"), "both": ("forward + backward", "backward")}
+_PASSES = {
+    "forward": ("forward", "forward"),
+    "both": ("forward + backward", "backward"),
+    "decode": ("step", "decode"),
+}
 _COLUMNS = (
     "by", "status", "pass", "kernel", "error#", "ms#", "quartiles#", "floor ms#", "x floor#",
     "of copy#", "x loop#", "extra#",

@@ -174,8 +174,11 @@ def list_operators(ops: OpsArgument = None, as_json: JsonOption = False) -> None
 def render_source(
     slug: Annotated[str, typer.Argument(help="As wkv7_n64_bf16_l16_sm90a.", metavar="SLUG")],
     entry: Annotated[
-        str, typer.Option(help=f"One of {', '.join(ENTRIES)}.", metavar="ENTRY")
-    ] = "forward",
+        str | None,
+        typer.Option(
+            help=f"One of {', '.join(ENTRIES)}. Default: the one that is called.", metavar="ENTRY"
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Print the source of a kernel. Needs no compiler and no GPU."""
@@ -185,11 +188,12 @@ def render_source(
     from .tables import print_json  # noqa: PLC0415
 
     config, named = parse_kernel(slug)
-    wanted = named or entry
-    if wanted not in ENTRIES:
-        problem = f"{wanted!r} is not one of {', '.join(ENTRIES)}"
+    spec = get_spec(config.op)
+    wanted = named or (next(iter(spec.entries)) if entry is None else entry)
+    if wanted not in spec.entries:
+        problem = f"{wanted!r} is not one of {', '.join(spec.entries)}"
         raise typer.BadParameter(problem, param_hint="--entry")
-    source = render(get_spec(config.op), config, wanted)
+    source = render(spec, config, wanted)
     if as_json:
         print_json({"kernel": source.identity, "suffix": source.suffix, "source": source.text})
     else:

@@ -174,6 +174,7 @@ def _tensor_data(spec: OpSpec, tensor: TensorSpec) -> dict[str, Any]:
         "shape": list(tensor.shape),
         "dtype": list(tensor.dtype),
         "optional": tensor.optional,
+        "mutated": tensor.mutated,
         "saved": tensor.name in spec.saved_outputs,
         "meaning": tensor.meaning,
     }

@@ -86,9 +86,11 @@ def make_table(
 
 def operator_view(operator: Mapping[str, Any]) -> Group:
     """An operator: formula, choices and tensors, from `operator_data`."""
-    forward = operator["entries"]["forward"]
-    tensors = [("input", tensor) for tensor in forward["inputs"]]
-    tensors += [("output", tensor) for tensor in forward["outputs"] if not tensor["saved"]]
+    called = next(iter(operator["entries"].values()))
+    tensors = [
+        ("in place" if tensor["mutated"] else "input", tensor) for tensor in called["inputs"]
+    ]
+    tensors += [("output", tensor) for tensor in called["outputs"] if not tensor["saved"]]
     return Group(
         Text(operator["name"], "bold") + Text(f"  {operator['summary']}"),
         Text(f"  {operator['formula']}\n"),

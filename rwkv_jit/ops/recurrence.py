@@ -10,6 +10,7 @@ from .tensors import STATE
 
 CUDA_DTYPES = ("bf16", "fp16", "fp32")
 CPU_DTYPES = (*CUDA_DTYPES, "fp64")
+CPU_HEAD_SIZES = tuple(range(8, 257, 8))
 CHUNK_LENGTHS = (16, 32, 64)
 
 # Lanes own tiles of rows x columns of the state, in both entries the same, as the checkpoints lie
@@ -63,10 +64,10 @@ def recurrence_variants(
             entry=entry,
             template=f"{templates}_{entry}.cpp",
             min_arch=0,
-            head_sizes=tuple(range(8, 257, 8)),
+            head_sizes=CPU_HEAD_SIZES,
             dtypes=CPU_DTYPES,
             chunk_lengths=CHUNK_LENGTHS,
-            constants=lambda config: {**_cpu_constants(config), **constants},
+            constants=lambda config: {**cpu_constants(config), **constants},
             scratch=scratch,
         )
         for entry, scratch in (("forward", ()), ("backward", backward_scratch))
@@ -105,7 +106,8 @@ def recurrence_variants(
     return (*cpu, forward, *backward)
 
 
-def _cpu_constants(config: OpConfig) -> Mapping[str, int]:
+def cpu_constants(config: OpConfig) -> Mapping[str, int]:
+    """What `cpu_types.h` takes: the bytes of a vector that divides a row."""
     widest = {"x86_64_v4": 64, "x86_64_v3": 32}.get(config.arch, 16)
     row_bytes = config.head_size * (8 if config.dtype == "fp64" else 4)
     return {"vector_bytes": widest if row_bytes % widest == 0 else 32}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from .decode import on_pool
 from .sequences import Result
 from .wkv5 import wkv5
 from .wkv6 import wkv6
@@ -13,4 +14,7 @@ REFERENCES: Mapping[str, Callable[..., Result]] = {
     "wkv5": wkv5,
     "wkv6": wkv6,
     "wkv7": wkv7,
+    "wkv5_decode": on_pool(wkv5),
+    "wkv6_decode": on_pool(wkv6),
+    "wkv7_decode": on_pool(wkv7),
 }

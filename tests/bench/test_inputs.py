@@ -54,3 +54,11 @@ def test_the_fewest_bytes_are_inputs_outputs_and_gradients(
     # Six in and y; then six in and dy again, and six gradients. No state, no checkpoint.
     assert fewest_bytes(spec, config, tensors, backward=False) == 7 * one
     assert fewest_bytes(spec, config, tensors, backward=True) == 20 * one
+
+
+def test_a_state_that_is_advanced_is_read_and_written(case: Case, config: OpConfig) -> None:
+    spec, config = get_spec("wkv7_decode"), replace(config, op="wkv7_decode", state_dtype="bf16")
+    tensors = draw(spec, config, Shape(3, 1, 2, 8), "cpu")
+    assert tensors["state"].shape == (3, 2, 8, 8)
+    tokens, state = 7 * 3 * 2 * 8 * 4, 3 * 2 * 8 * 8 * 2
+    assert fewest_bytes(spec, config, tensors, backward=False) == tokens + 2 * state

@@ -43,6 +43,19 @@ def test_a_case_is_told_that_decays_are_bounded() -> None:
     assert "bench: lower_bound=1.0 must be a number of at most 0" in refused.stderr
 
 
+def test_a_serving_operator_has_a_step_and_no_gradients() -> None:
+    arguments = ("bench", "--op", "wkv6_decode", "--shape", "3,2,2,8", "--seconds", "0")
+    quick = (*arguments, "--device", "cpu")
+    lines = run(*quick).stdout.splitlines()
+    at = lines.index("wkv6_decode (3, 2, 2, 8) fp32")
+    assert lines[at + 2].split()[:4] == ["rwkv_jit", "ok", "step", "wkv6_decode.cpp"]
+    (result,) = run_json(*quick, "--state-dtype", "bf16")["results"]
+    assert (result["status"], result["state_dtype"]) == ("ok", "bf16")
+    assert set(result["passes"]) == {"decode"}
+    assert result["limit"] == 1.2e-2
+    assert 1e-4 < result["error"] < 1.2e-2
+
+
 def test_json_says_what_was_measured_where_and_how(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["/bin/rwkv-jit", "bench", "--op", "a b"])
     data = run_json(*QUICK, "--shape", "1,21,2,8", "--dtype", "fp32")
@@ -113,6 +126,8 @@ def test_a_missing_matplotlib_is_told_before_anything_is_measured(
         (("--dtype", "bf17"), "'bf17' is not one of bf16"),
         (("--device", "tpu"), "'tpu' is not one of cpu, cuda"),
         (("--plot", "times.pdf"), "'.pdf' is not one of .png, .svg"),
+        (("--state-dtype", "fp8"), "'fp8' is not one of bf16"),
+        (("--plot", "t.png", "--op", "wkv7_decode"), "wkv7_decode has no plot"),
         (("--plot", "times"), "'no suffix' is not one of .png, .svg"),
         (("--plot", "nowhere/times.png"), "nowhere is not a folder"),
         (("--plot", "t.png", "--shape", "1,8,1,8", "--shape", "1,9,1,8"), "one largest shape"),

@@ -163,9 +163,17 @@ def test_list_shows_each_operator_from_its_spec() -> None:
         "shape": ["B", "T", "H", "N"],
         "dtype": ["op"],
         "optional": False,
+        "mutated": False,
         "saved": False,
         "meaning": "receptance",
     }
+
+
+def test_a_serving_operator_is_listed_and_rendered_as_any_other() -> None:
+    assert "in place" in run("list", "wkv7_decode").stdout
+    slug = "wkv7_decode_n64_bf16_l16_sm90a"
+    source = render(get_spec("wkv7_decode"), OpConfig.parse(slug), "decode")
+    assert run("render", slug).stdout == source.text
 
 
 def test_render_prints_the_source_alone() -> None:

@@ -50,23 +50,31 @@ void parallel_for(int64_t items, int64_t workers, const Run& run) {
   }
 }
 
-// Calls run(args, s, head, workspace) for every head of every sequence; a head's token is `work`
-// multiply-adds. Returns the launcher's code: not 0 where there was no memory for the workspaces.
-template <typename Workspace, typename Args, typename Run>
-int run_heads(const Args& args, double work, const Run& run) {
-  const int64_t heads = args.S * args.H;
-  const double tokens = args.cu_seqlens != nullptr ? double(args.T) / args.S : double(args.T);
-  const int64_t workers = useful_threads(args.threads, heads, (tokens + 1) * work);
+// Calls run(item, workspace) for every item, each of which is `work` multiply-adds. Returns the
+// launcher's code: not 0 where there was no memory for the workspaces.
+template <typename Workspace, typename Run>
+int run_items(int64_t threads, int64_t items, double work, const Run& run) {
+  const int64_t workers = useful_threads(threads, items, work);
   try {
     std::vector<std::unique_ptr<Workspace>> workspaces(workers);
     for (auto& one : workspaces) one = std::make_unique<Workspace>();
-    parallel_for(heads, workers, [&](int64_t item, int64_t worker) {
-      run(args, item / args.H, item % args.H, *workspaces[worker]);
-    });
+    parallel_for(items, workers,
+                 [&](int64_t item, int64_t worker) { run(item, *workspaces[worker]); });
   } catch (const std::bad_alloc&) {
     return 1;
   }
   return 0;
+}
+
+// Calls run(args, s, head, workspace) for every head of every sequence; a head's token is `work`
+// multiply-adds. Returns the launcher's code.
+template <typename Workspace, typename Args, typename Run>
+int run_heads(const Args& args, double work, const Run& run) {
+  const double tokens = args.cu_seqlens != nullptr ? double(args.T) / args.S : double(args.T);
+  return run_items<Workspace>(args.threads, args.S * args.H, (tokens + 1) * work,
+                              [&](int64_t item, Workspace& workspace) {
+                                run(args, item / args.H, item % args.H, workspace);
+                              });
 }
 
 }  // namespace rwkv_jit
