@@ -30,6 +30,10 @@ def operator_for(
         raise ArgumentError(
             f"{function}: r has shape {list(r.shape)}, but must be [B, T, H, N]; reshape it"
         )
+    if not r.is_floating_point():
+        raise ArgumentError(
+            f"{function}: r is {r.dtype}, but must be bfloat16, float16 or float32; convert it"
+        )
     return get_op(
         name,
         head_size=r.shape[-1] if head_size is None else head_size,
