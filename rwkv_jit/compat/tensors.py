@@ -34,11 +34,27 @@ def operator_for(
         raise ArgumentError(
             f"{function}: r is {r.dtype}, but must be bfloat16, float16 or float32; convert it"
         )
+    size = r.shape[-1] if head_size is None else head_size
+    op: Op = _get_op(name, size, r.dtype, r.device, decay, state_layout, lower_bound)
+    return op
+
+
+# Compiled code breaks its graph here; it would trace into asking what machine this is otherwise.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _get_op(
+    name: str,
+    head_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    decay: str,
+    state_layout: str,
+    lower_bound: float | None,
+) -> Op:
     return get_op(
         name,
-        head_size=r.shape[-1] if head_size is None else head_size,
-        dtype=r.dtype,
-        device=r.device,
+        head_size=head_size,
+        dtype=dtype,
+        device=device,
         decay=decay,
         state_layout=state_layout,
         lower_bound=lower_bound,
