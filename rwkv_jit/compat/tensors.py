@@ -1,0 +1,100 @@
+"""What the calling conventions need alike: operators for tensors, heads and states."""
+
+from __future__ import annotations
+
+import torch
+
+from ..errors import ArgumentError
+from ..launch import TORCH_DTYPES
+from ..registry import Op, get_op
+
+
+def operator_for(
+    function: str,
+    name: str,
+    r: torch.Tensor,
+    *,
+    head_size: int | None = None,
+    decay: str = "loglog",
+    state_layout: str = "vk",
+    lower_bound: float | None = None,
+) -> Op:
+    """The operator `name` for the dtype and device of `r`.
+
+    function: what the caller called, for errors.
+    r: [B, T, H, N].
+    head_size: N; that of `r` if None.
+    """
+    check_is_tensor(function, "r", r)
+    if r.dim() != 4:
+        raise ArgumentError(
+            f"{function}: r has shape {list(r.shape)}, but must be [B, T, H, N]; reshape it"
+        )
+    if not r.is_floating_point():
+        raise ArgumentError(
+            f"{function}: r is {r.dtype}, but must be bfloat16, float16 or float32; convert it"
+        )
+    size = r.shape[-1] if head_size is None else head_size
+    op: Op = _get_op(name, size, r.dtype, r.device, decay, state_layout, lower_bound)
+    return op
+
+
+# Compiled code breaks its graph here; it would trace into asking what machine this is otherwise.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _get_op(
+    name: str,
+    head_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    decay: str,
+    state_layout: str,
+    lower_bound: float | None,
+) -> Op:
+    return get_op(
+        name,
+        head_size=head_size,
+        dtype=dtype,
+        device=device,
+        decay=decay,
+        state_layout=state_layout,
+        lower_bound=lower_bound,
+    )
+
+
+def check_is_tensor(function: str, name: str, value: object) -> None:
+    """Raise ArgumentError unless `value`, the argument `name`, is a tensor."""
+    if not isinstance(value, torch.Tensor):
+        raise ArgumentError(
+            f"{function}: {name} is a {type(value).__name__}, but must be a tensor; pass one"
+        )
+
+
+def split_heads(function: str, name: str, x: torch.Tensor, head_size: int) -> torch.Tensor:
+    """[B, T, C] as [B, T, H, N], a view where strides allow."""
+    check_is_tensor(function, name, x)
+    if x.dim() != 3 or x.shape[-1] % head_size:
+        raise ArgumentError(
+            f"{function}: {name} has shape {list(x.shape)}, but must be [B, T, C] with C a "
+            f"multiple of the head size {head_size}; reshape it, or check the head size"
+        )
+    return x.reshape(*x.shape[:2], x.shape[2] // head_size, head_size)
+
+
+def split_channels(function: str, name: str, x: torch.Tensor, head_size: int) -> torch.Tensor:
+    """[C] as [H, N]; what is [H, N] is returned as it is."""
+    check_is_tensor(function, name, x)
+    if x.dim() == 2:
+        return x
+    if x.dim() != 1 or x.shape[0] % head_size:
+        raise ArgumentError(
+            f"{function}: {name} has shape {list(x.shape)}, but must be [H, N] or [C] with C a "
+            f"multiple of the head size {head_size}; reshape it, or check the head size"
+        )
+    return x.reshape(x.shape[0] // head_size, head_size)
+
+
+def as_state(op: Op, state: torch.Tensor | None) -> torch.Tensor | None:
+    """A state of any floating dtype in the one that `op` takes."""
+    if isinstance(state, torch.Tensor) and state.is_floating_point():
+        return state.to(TORCH_DTYPES[op.config.state_dtype])
+    return state
