@@ -1,0 +1,1 @@
+"""Upstream calling conventions on our operators: one module for each upstream."""
