@@ -79,6 +79,7 @@ FLOW = (
     "cli.bundle_commands",
     "cli.bench_tables",
     "cli.bench_commands",
+    "cli.run_command",
     "cli",
     "__main__",
 )

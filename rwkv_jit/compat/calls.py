@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,8 +11,6 @@ from .extensions import SIZES, Function
 from .heads import batched_state, require_tensor, run_op, shaped
 
 _INPUTS = {"wkv7": "rwkvab", "wkv6": "rwkvu", "wkv5": "rwkvu"}
-# Of a decay factor that is passed as itself: keeps its logarithm finite, and alters none above it.
-_SMALLEST_FACTOR = torch.finfo(torch.float32).tiny
 
 
 def call(function: Function, *args: Any) -> None:
@@ -40,16 +37,16 @@ class _Call:
             if name not in SIZES:
                 require_tensor(self._title, name, x)
         self._shape = self._token_shape()
-        self._names = _INPUTS[self._op]
         self._decay = function.extension.decay
         # What the gradient of the decay in our convention is to be multiplied by for upstream's.
         self._slope: torch.Tensor | None = None
-        self._inputs = {name: self._input(name) for name in self._names}
+        self._inputs = {name: self._input(name) for name in _INPUTS[self._op]}
         self._state = self._initial_state()
 
     def results(self) -> dict[str, torch.Tensor]:
+        tokens = list(self._inputs.values())
         with torch.no_grad():
-            y, final_state = self._run(self._inputs, self._state)
+            y, final_state = run_op(self._op, tokens, self._state, decay=self._decay)
         found = {"y": y, "final": final_state, "state": final_state}
         if "s" in self._values and self._state is not None:
             # Upstream's backward is not given the state, but this.
@@ -58,15 +55,14 @@ class _Call:
 
     def gradients(self) -> dict[str, torch.Tensor]:
         leaves = {name: x.detach() for name, x in self._inputs.items()}
+        tokens, state = list(leaves.values()), None
         if self._state is not None:
-            leaves["state"] = self._state.detach()
+            state = leaves["state"] = self._state.detach()
         wanted = [name for name in leaves if f"d{name}" in self._values]
         for name in wanted:
             leaves[name].requires_grad_()
         with torch.enable_grad():
-            y, final_state = self._run(
-                {name: leaves[name] for name in self._names}, leaves.get("state")
-            )
+            y, final_state = run_op(self._op, tokens, state, decay=self._decay)
         outputs, given = [y], [self._shaped("dy", y.shape).to(y.dtype)]
         if "dfinal" in self._values:
             outputs.append(final_state)
@@ -98,11 +94,6 @@ class _Call:
                 f"hold {list(value.shape)}"
             )
 
-    def _run(
-        self, inputs: Mapping[str, torch.Tensor], state: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return run_op(self._op, list(inputs.values()), state, decay=self._decay)
-
     def _token_shape(self) -> tuple[int, ...]:
         if "B" not in self._values:
             shape = tuple(self._values["r"].shape)
@@ -124,6 +115,10 @@ class _Call:
     def _input(self, name: str) -> torch.Tensor:
         of_a_head = name == "u" or (name == "w" and self._op == "wkv5")
         shape = self._shape[2:] if of_a_head else self._shape
+        if "B" not in self._values:
+            # They have their shape, and the operator will see whether it is right.
+            x: torch.Tensor = self._values[name]
+            return x
         if name != "w":
             return self._shaped(name, shape)
         if "factor" in self._values:
@@ -138,7 +133,7 @@ class _Call:
         factor = self._shaped("factor", shape)
         if self._op == "wkv6":
             self._decay = "log"
-            return factor.clamp_min(_SMALLEST_FACTOR).log()
+            return factor.log()
         self._decay = "factor"
         if "log" in self._values:
             self._slope = factor * self._shaped("log", shape)
