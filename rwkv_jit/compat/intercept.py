@@ -18,7 +18,7 @@ from torch.utils import cpp_extension
 from ..errors import ConfigError, RwkvJitError
 from ..settings import current_settings
 from .calls import call
-from .extensions import EXTENSIONS, Extension, Function
+from .extensions import EXTENSIONS, Function
 
 # The `rwkv` package's own: RWKV-4 and matrix products, which are no operators of ours. TorchScript
 # looks them up even where none is called, as on a CPU; on a GPU upstream's are built.
@@ -115,7 +115,7 @@ def registered(name: str) -> types.ModuleType:
         setattr(module, function_name, packet)
     # Its functions are registered as long as it lives.
     module.__dict__["_library"] = library
-    _announce(name, extension)
+    _announce(name, f"torch.ops.{extension.namespace} is {extension.op} of rwkv_jit")
     return module
 
 
@@ -154,13 +154,11 @@ def _register_unserved() -> types.ModuleType:
         library.impl(name, refuse, "CompositeExplicitAutograd")
     module = types.ModuleType(_UNSERVED)
     module.__dict__["_library"] = library
+    _announce(_UNSERVED, "there is no GPU for it")
     return module
 
 
-def _announce(name: str, extension: Extension) -> None:
+def _announce(name: str, instead: str) -> None:
     if current_settings().log_level in ("debug", "info"):
-        sys.stderr.write(
-            f"rwkv_jit: {name} is not built: torch.ops.{extension.namespace} is {extension.op} of "
-            "rwkv_jit\n"
-        )
+        sys.stderr.write(f"rwkv_jit: {name} is not built: {instead}\n")
         sys.stderr.flush()

@@ -204,7 +204,10 @@ def test_every_extension_has_a_program_here() -> None:
     assert {name for name, _ in PROGRAMS} == set(EXTENSIONS)
 
 
-@pytest.mark.parametrize(("name", "way"), PROGRAMS)
+# That the logarithm is passed is seen by its dtype, another than the tokens'.
+@pytest.mark.parametrize(
+    ("name", "way"), [key for key in PROGRAMS if key[1] != "logarithm of the decay"]
+)
 def test_results_and_gradients_match_the_reference_in_float32(
     name: str, way: str, load: Callable[..., Any]
 ) -> None:
@@ -229,6 +232,7 @@ def test_one_load_serves_every_head_size(load: Callable[..., Any]) -> None:
         check("wind_backstepping", wind_backstepping, "fp32", size, 16)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 def test_torchscript_calls_them(load: Callable[..., Any]) -> None:
     load(name="wkv7s", sources=[], is_python_module=False)
 
@@ -302,7 +306,7 @@ def test_what_we_have_no_kernel_for_is_declared_and_refuses(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     load(name="wkv_cuda", sources=[], is_python_module=False)
     x = torch.zeros(3, 3)
-    with pytest.raises(RwkvJitError, match="torch.ops.rwkv.gemm_fp16_cublas is not an operator"):
+    with pytest.raises(RwkvJitError, match=r"rwkv\.gemm_fp16_cublas is not an operator"):
         torch.ops.rwkv.gemm_fp16_cublas(x, x, x)
 
 
@@ -311,9 +315,8 @@ def test_what_we_have_no_kernel_for_is_declared_and_refuses(
     [
         (
             wind_backstepping,
-            {"r": torch.zeros(1, 32, 64)},
-            "torch.ops.wind_backstepping.forward: r has shape [1, 32, 64], but must be "
-            "[B, T, H, N]",
+            {"r": torch.zeros(1, 9, 64)},
+            "torch.ops.wind_backstepping.forward: r has shape [1, 9, 64], but must be [B, T, H, N]",
         ),
         (
             wind_backstepping,
@@ -330,8 +333,10 @@ def test_what_we_have_no_kernel_for_is_declared_and_refuses(
                 clampw, namespace="rwkv7_state_clampw", starts=True, ends=False
             ),
             {"initial_state": torch.zeros(3, 2, 32, 32)},
-            "torch.ops.rwkv7_state_clampw.forward: state has shape [3, 2, 32, 32], but must be "
-            "[H, N, N] or [B, H, N, N] with B=1, H=2 and N=32",
+            (
+                "torch.ops.rwkv7_state_clampw.forward: state has shape [3, 2, 32, 32], but must be "
+                "[H, N, N] or [B, H, N, N] with B=1, H=2 and N=32"
+            ),
         ),
     ],
 )  # fmt: skip

@@ -1,0 +1,111 @@
+"""Programs that build kernels of their own, run by `rwkv-jit run` with no changed line.
+
+Each has a way without its kernels, in plain PyTorch, which is the oracle. Relative RMS errors are
+asserted: for logits and states in float32 1e-5; for bfloat16 kernels 2e-2 for gradients, and 1e-2
+for every loss of a short training.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from comparing import relative_rms
+from running import ROOT, program
+from rwkv_checkpoints import LAYERS, write_checkpoint
+
+FLOAT32, GRADIENTS, LOSSES = 1e-5, 2e-2, 1e-2
+TRAINING = Path(__file__).parent / "rwkv_lm_training.py"
+GENERATION = """
+import sys
+import torch
+from rwkv.model import RWKV
+
+torch.manual_seed(0)
+model = RWKV(model=sys.argv[1], strategy="cpu fp32")
+if "--its-gpu-path" in sys.argv:
+    # On a CPU the package itself takes its loops for RWKV-5 and RWKV-6.
+    for version in ("5_2", "6_0"):
+        setattr(model, f"att_seq_v{version}", getattr(model, f"cuda_att_seq_v{version}"))
+results, state = [], None
+for ids in (list(range(37)), [5, 6], [7]):
+    logits, state = model.forward(ids, state, full_output=True)
+    results += [logits.clone(), *(x.clone() for x in state)]
+torch.save(results, sys.argv[2])
+if "rwkv_jit" in sys.modules:
+    print(*sys.modules["rwkv_jit"].used_configs())
+"""
+
+
+def run(*command: str | Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """A process that must end well."""
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        [str(part) for part in command],
+        env={**os.environ, "PYTHONPATH": paths, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_rwkv_lm_style_training_matches_plain_pytorch(tmp_path: Path) -> None:
+    loud = {"RWKV_JIT_LOG_LEVEL": "info"}
+    done = run(*program("run", str(TRAINING), "OWN"), tmp_path / "own", environment=loud)
+    said = [line for line in done.stderr.splitlines() if "wind_backstepping" in line]
+    assert said == [
+        "rwkv_jit: wind_backstepping is not built: torch.ops.wind_backstepping is wkv7 of rwkv_jit"
+    ]
+    run(sys.executable, TRAINING, "PLAIN", tmp_path / "plain", environment={})
+    own, plain = (torch.load(tmp_path / name) for name in ("own", "plain"))
+    for name, gradient in plain["gradients"].items():
+        assert gradient.any(), name
+        assert relative_rms(own["gradients"][name], gradient) <= GRADIENTS, name
+    for loss, right in zip(own["losses"], plain["losses"], strict=True):
+        assert abs(loss - right) <= LOSSES * right
+    assert own["losses"][-1] < 0.8 * own["losses"][0]
+
+
+@pytest.mark.parametrize(
+    ("op", "jit", "extensions"),
+    [
+        ("wkv7", "1", ("wkv_cuda", "wkv7s")),
+        ("wkv6", "0", ("rwkv6",)),
+        ("wkv5", "0", ("rwkv5",)),
+    ],
+)
+def test_the_rwkv_package_generates_as_by_its_own_loops(
+    op: str, jit: str, extensions: tuple[str, ...], tmp_path: Path
+) -> None:
+    pytest.importorskip("rwkv")
+    write_checkpoint(tmp_path / "model.pth", op)
+    script = tmp_path / "generate.py"
+    script.write_text(GENERATION)
+    results: dict[str, Any] = {}
+    for name, start in (("own", program("run")), ("plain", [sys.executable])):
+        cuda = "1" if name == "own" else "0"
+        environment = {
+            "RWKV_JIT_ON": jit, "RWKV_CUDA_ON": cuda, "RWKV_V7_ON": str(int(op == "wkv7")),
+            "RWKV_JIT_LOG_LEVEL": "info",
+        }  # fmt: skip
+        done = run(
+            *start, script, tmp_path / "model", tmp_path / name,
+            *(["--its-gpu-path"] if name == "own" and op != "wkv7" else []),
+            environment=environment,
+        )  # fmt: skip
+        results[name] = torch.load(tmp_path / name)
+        if name == "own":
+            for extension in extensions:
+                assert f"rwkv_jit: {extension} is not built" in done.stderr
+            assert f"{op}_n64_fp32_l16" in done.stdout.splitlines()[-1]
+    assert len(results["plain"]) == 3 * (1 + 3 * LAYERS)
+    for value, right in zip(results["own"], results["plain"], strict=True):
+        assert relative_rms(value, right) <= FLOAT32
