@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,31 @@ for ids in (list(range(37)), [5, 6], [7]):
 torch.save(results, sys.argv[2])
 if "rwkv_jit" in sys.modules:
     print(*sys.modules["rwkv_jit"].used_configs())
+"""
+
+TRAINING_BY_A_PACKAGE = """
+import os
+import sys
+import types
+import torch
+from rwkv_trainer.model.model import RWKV
+
+torch.manual_seed(0)
+model = RWKV(types.SimpleNamespace(
+    n_layer=2, n_embd=128, dim_att=128, dim_ffn=256, head_size_a=64, head_size_divisor=8,
+    vocab_size=97, ctx_len=64, my_testing=os.environ["RWKV_MY_TESTING"], train_type="", pre_ffn=0,
+    my_pos_emb=0, dropout=0, head_qk=0, tiny_att_dim=-1, tiny_att_layer=-1, grad_cp=0,
+))
+with torch.no_grad():
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter), alpha=0.05)
+model = model.to(torch.bfloat16)
+ids = torch.randint(97, (2, 48))
+logits = model(ids)
+loss = torch.nn.functional.cross_entropy(logits.float()[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+loss.backward()
+gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+torch.save({"logits": logits.detach(), **gradients}, sys.argv[1])
 """
 
 
@@ -78,8 +104,8 @@ def test_rwkv_lm_style_training_matches_plain_pytorch(tmp_path: Path) -> None:
     ("op", "jit", "extensions"),
     [
         ("wkv7", "1", ("wkv_cuda", "wkv7s")),
-        ("wkv6", "0", ("rwkv6",)),
-        ("wkv5", "0", ("rwkv5",)),
+        ("wkv6", "1", ("rwkv6",)),
+        ("wkv5", "1", ("rwkv5",)),
     ],
 )
 def test_the_rwkv_package_generates_as_by_its_own_loops(
@@ -109,3 +135,28 @@ def test_the_rwkv_package_generates_as_by_its_own_loops(
     assert len(results["plain"]) == 3 * (1 + 3 * LAYERS)
     for value, right in zip(results["own"], results["plain"], strict=True):
         assert relative_rms(value, right) <= FLOAT32
+
+
+@pytest.mark.skipif(find_spec("rwkv_trainer") is None, reason="needs rwkv-trainer")
+@pytest.mark.parametrize(
+    ("version", "extension", "oracle"),
+    [
+        ("x070", "wind_backstepping", {"RWKV_TORCH_FALLBACK": "1"}),
+        # These have no way without a kernel; ours has.
+        ("x060", "wkv6", {"RWKV_JIT_MODE": "reference"}),
+        ("x052", "wkv5", {"RWKV_JIT_MODE": "reference"}),
+    ],
+)
+def test_rwkv_trainer_trains_as_in_plain_pytorch(
+    version: str, extension: str, oracle: dict[str, str], tmp_path: Path
+) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(TRAINING_BY_A_PACKAGE)
+    asked = {"RWKV_MY_TESTING": version, "RWKV_JIT_ON": "1", "RWKV_JIT_LOG_LEVEL": "info"}
+    done = run(*program("run"), script, tmp_path / "own", environment=asked)
+    assert f"rwkv_jit: {extension} is not built" in done.stderr
+    run(*program("run"), script, tmp_path / "plain", environment={**asked, **oracle})
+    own, plain = (torch.load(tmp_path / name) for name in ("own", "plain"))
+    assert own.keys() == plain.keys()
+    for name, right in plain.items():
+        assert relative_rms(own[name], right) <= GRADIENTS, name

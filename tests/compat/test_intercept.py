@@ -22,6 +22,11 @@ Tensors = dict[str, torch.Tensor]
 Program = Callable[[Tensors, Tensors], Tensors]
 CHUNK = 16
 
+on_each_device = pytest.mark.parametrize(
+    "device",
+    [pytest.param("cpu", id="cpu"), pytest.param("cuda", id="cuda", marks=pytest.mark.gpu)],
+)
+
 
 @pytest.fixture
 def original(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -47,7 +52,7 @@ def empty(*likes: torch.Tensor) -> list[torch.Tensor]:
 def buffers(r: torch.Tensor) -> list[torch.Tensor]:
     batch, length, heads, size = r.shape
     shapes = ((batch, heads, length // CHUNK, size, size), (batch, length, heads, size))
-    return [torch.full(shape, torch.nan) for shape in shapes]
+    return [torch.full(shape, torch.nan, device=r.device) for shape in shapes]
 
 
 # A program takes tokens and state, and gradients of results; it returns results and gradients.
@@ -170,10 +175,12 @@ PROGRAMS: dict[tuple[str, str], Program] = {
 }
 
 
-def check(name: str, program: Program, dtype: str, size: int, length: int) -> None:
+def check(
+    name: str, program: Program, dtype: str, size: int, length: int, device: str = "cpu"
+) -> None:
     extension = EXTENSIONS[name]
     op = get_op(
-        extension.op, head_size=size, dtype=TORCH_DTYPES[dtype], device="cpu",
+        extension.op, head_size=size, dtype=TORCH_DTYPES[dtype], device=device,
         decay=extension.decay,
     )  # fmt: skip
     call = random_call(2, length, 3, size, op=extension.op).rounded(op)
@@ -186,7 +193,7 @@ def check(name: str, program: Program, dtype: str, size: int, length: int) -> No
         x = {key: value.flatten(2) if key in "rkvw" and value.dim() == 4 else value
              for key, value in x.items()}  # fmt: skip
         given["y"] = call.dy.flatten(2)
-    found = program(x, given)
+    found = program(*({key: t.to(device) for key, t in each.items()} for each in (x, given)))
     starts = {"dinitial_state", "final_state"} & found.keys()
     call = replace(
         call,
@@ -204,26 +211,28 @@ def test_every_extension_has_a_program_here() -> None:
     assert {name for name, _ in PROGRAMS} == set(EXTENSIONS)
 
 
+@on_each_device
 # That the logarithm is passed is seen by its dtype, another than the tokens'.
 @pytest.mark.parametrize(
     ("name", "way"), [key for key in PROGRAMS if key[1] != "logarithm of the decay"]
 )
 def test_results_and_gradients_match_the_reference_in_float32(
-    name: str, way: str, load: Callable[..., Any]
+    name: str, way: str, device: str, load: Callable[..., Any]
 ) -> None:
     load(name=name, sources=["nowhere.cu"], is_python_module=False, extra_cuda_cflags=["-D_N_=32"])
-    check(name, PROGRAMS[name, way], "fp32", 32, 32)
+    check(name, PROGRAMS[name, way], "fp32", 32, 32, device)
 
 
+@on_each_device
 @pytest.mark.parametrize(
     ("name", "way"),
     [key for key in PROGRAMS if key[0] in ("wind_backstepping", "wkv5", "wkv6", "wkv6state")],
 )
 def test_results_and_gradients_match_the_reference_in_bfloat16(
-    name: str, way: str, load: Callable[..., Any]
+    name: str, way: str, device: str, load: Callable[..., Any]
 ) -> None:
     load(name, ["nowhere.cu"], extra_cuda_cflags=["-D_N_=64"])
-    check(name, PROGRAMS[name, way], "bf16", 64, 48)
+    check(name, PROGRAMS[name, way], "bf16", 64, 48, device)
 
 
 def test_one_load_serves_every_head_size(load: Callable[..., Any]) -> None:
