@@ -1,8 +1,8 @@
 """Programs that build kernels of their own, run by `rwkv-jit run` with no changed line.
 
 Each has a way without its kernels, in plain PyTorch, which is the oracle. Relative RMS errors are
-asserted: for logits and states in float32 1e-5; for bfloat16 kernels 2e-2 for gradients, and 1e-2
-for every loss of a short training.
+asserted: for logits and states in float32 1e-5; for a float32 model with a bfloat16 kernel 2e-3 for
+gradients and every loss of a short training; for a model in bfloat16 2e-2.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from comparing import relative_rms
 from running import ROOT, program
 from rwkv_checkpoints import LAYERS, write_checkpoint
 
-FLOAT32, GRADIENTS, LOSSES = 1e-5, 2e-2, 1e-2
+FLOAT32, KERNEL_BFLOAT16, MODEL_BFLOAT16 = 1e-5, 2e-3, 2e-2
 TRAINING = Path(__file__).parent / "rwkv_lm_training.py"
 GENERATION = """
 import sys
@@ -94,9 +94,9 @@ def test_rwkv_lm_style_training_matches_plain_pytorch(tmp_path: Path) -> None:
     own, plain = (torch.load(tmp_path / name) for name in ("own", "plain"))
     for name, gradient in plain["gradients"].items():
         assert gradient.any(), name
-        assert relative_rms(own["gradients"][name], gradient) <= GRADIENTS, name
+        assert relative_rms(own["gradients"][name], gradient) <= KERNEL_BFLOAT16, name
     for loss, right in zip(own["losses"], plain["losses"], strict=True):
-        assert abs(loss - right) <= LOSSES * right
+        assert abs(loss - right) <= KERNEL_BFLOAT16 * right
     assert own["losses"][-1] < 0.8 * own["losses"][0]
 
 
@@ -159,4 +159,4 @@ def test_rwkv_trainer_trains_as_in_plain_pytorch(
     own, plain = (torch.load(tmp_path / name) for name in ("own", "plain"))
     assert own.keys() == plain.keys()
     for name, right in plain.items():
-        assert relative_rms(own[name], right) <= GRADIENTS, name
+        assert relative_rms(own[name], right) <= MODEL_BFLOAT16, name
