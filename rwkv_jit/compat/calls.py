@@ -80,8 +80,7 @@ class _Call:
         if value is None:
             buffer.zero_()
         elif name == "s":
-            buffer.zero_()
-            buffer[:, :, :1].copy_(value[:, :, None])
+            self._kept_state(buffer.zero_()).copy_(value)
         elif buffer.numel() == value.numel():
             buffer.copy_(value.reshape(buffer.shape))
         elif buffer.dim() > 1 and buffer.shape[0] == batch and buffer[0].numel() == value.numel():
@@ -144,10 +143,20 @@ class _Call:
         if "state" in self._values:
             state = self._values["state"]
         elif "dstate" in self._values:
-            state = self._values["s"][:, :, 0]
+            state = self._kept_state(self._values["s"])
         else:
             return None
         batch, _, heads, size = self._shape
         if state.numel() == batch * heads * size * size:
             state = state.reshape(batch, heads, size, size)
         return batched_state(self._title, "state", state, tokens)
+
+    def _kept_state(self, s: torch.Tensor) -> torch.Tensor:
+        """The part of upstream's buffer in which the initial state waits for the backward."""
+        batch, _, heads, size = self._shape
+        if s.dim() != 5 or s.shape[2] < 1 or s[:, :, 0].shape != (batch, heads, size, size):
+            raise ArgumentError(
+                f"{self._title}: s has shape {list(s.shape)}, but must be [B, H, chunks, N, N] "
+                f"with B={batch}, H={heads}, N={size} and a chunk at least"
+            )
+        return s[:, :, 0]

@@ -169,9 +169,9 @@ def RUN_CUDA_RWKV6(  # noqa: N802
     sizes, rest = args[:4], args[4:]
     if args and isinstance(args[0], torch.Tensor):
         sizes, rest = (), args
-    given = dict(zip("rkvwu", rest, strict=False))
-    given.update({key: x for key, x in (("w", w), ("u", u)) if x is not None})
-    if len(given) != 5 or len(rest) > 5 or len(sizes) not in (0, 4):
+    named = {key: x for key, x in (("w", w), ("u", u)) if x is not None}
+    given = {**dict(zip("rkvwu", rest, strict=False)), **named}
+    if len(given) != 5 or len(rest) + len(named) != 5:
         raise ArgumentError(
             f"{name}: takes r, k, v, w and u, or B, T, C, H before them, but {len(args)} arguments "
             "were given in order"

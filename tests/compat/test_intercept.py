@@ -21,6 +21,7 @@ from rwkv_jit.launch import TORCH_DTYPES
 Tensors = dict[str, torch.Tensor]
 Program = Callable[[Tensors, Tensors], Tensors]
 CHUNK = 16
+ONE_STATE = torch.zeros(1, 2, 32, 32)
 
 on_each_device = pytest.mark.parametrize(
     "device",
@@ -235,10 +236,10 @@ def test_results_and_gradients_match_the_reference_in_bfloat16(
     check(name, PROGRAMS[name, way], "bf16", 64, 48, device)
 
 
-def test_one_load_serves_every_head_size(load: Callable[..., Any]) -> None:
+def test_one_load_serves_every_head_size_and_length(load: Callable[..., Any]) -> None:
     load(name="wind_backstepping", sources=[], extra_cuda_cflags=["-D_C_=64"])
-    for size in (32, 64):
-        check("wind_backstepping", wind_backstepping, "fp32", size, 16)
+    for size, length in ((32, 1), (64, 21)):
+        check("wind_backstepping", wind_backstepping, "fp32", size, length)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
@@ -356,8 +357,16 @@ def test_a_refusal_says_what_was_expected(
         load(name=name, sources=[])
     x = dict.fromkeys("rwkvab", torch.zeros(1, 32, 2, 32))
     with pytest.raises(ArgumentError) as caught:
-        program({**x, "initial_state": torch.zeros(1, 2, 32, 32), **change}, {"y": x["r"]})
+        program({**x, "initial_state": ONE_STATE, **change}, {"y": x["r"]})
     assert str(caught.value) == message
+
+
+def test_a_buffer_without_room_for_the_initial_state_is_refused(load: Callable[..., Any]) -> None:
+    load(name="rwkv7_state_clampw", sources=[])
+    x = {**dict.fromkeys("rwkvab", torch.zeros(1, 9, 2, 32)), "initial_state": ONE_STATE}
+    program = PROGRAMS["rwkv7_state_clampw", ""]
+    with pytest.raises(ArgumentError, match=r"s has shape \[1, 2, 0, 32, 32\], but must be"):
+        program(x, {"y": x["r"]})
 
 
 def test_sizes_that_do_not_fit_the_tensors_are_refused(load: Callable[..., Any]) -> None:

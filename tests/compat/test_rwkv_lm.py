@@ -262,6 +262,13 @@ HEAD = torch.zeros(2, 64)
             ),
         ),
         (
+            lambda: rwkv_lm.RUN_CUDA_RWKV6(R, R, R, R, HEAD, u=HEAD),
+            (
+                "RUN_CUDA_RWKV6: takes r, k, v, w and u, or B, T, C, H before them, but 5 "
+                "arguments were given in order"
+            ),
+        ),
+        (
             lambda: rwkv_lm.RUN_CUDA_RWKV6(2, 4, 128, 3, R, R, R, R, HEAD),
             "RUN_CUDA_RWKV6: C=128 must be a multiple of H=3, the number of heads",
         ),
