@@ -48,10 +48,14 @@ import os
 import sys
 import types
 import torch
-from rwkv_trainer.model.model import RWKV
+from rwkv_trainer.model import model as package
 
+if "--ours" in sys.argv:
+    from rwkv_jit.compat.rwkv_lm import RUN_CUDA_RWKV7g
+
+    package.RUN_CUDA_RWKV7g = RUN_CUDA_RWKV7g
 torch.manual_seed(0)
-model = RWKV(types.SimpleNamespace(
+model = package.RWKV(types.SimpleNamespace(
     n_layer=2, n_embd=128, dim_att=128, dim_ffn=256, head_size_a=64, head_size_divisor=8,
     vocab_size=97, ctx_len=64, my_testing=os.environ["RWKV_MY_TESTING"], train_type="", pre_ffn=0,
     my_pos_emb=0, dropout=0, head_qk=0, tiny_att_dim=-1, tiny_att_layer=-1, grad_cp=0,
@@ -59,7 +63,7 @@ model = RWKV(types.SimpleNamespace(
 with torch.no_grad():
     for parameter in model.parameters():
         parameter.add_(torch.randn_like(parameter), alpha=0.05)
-model = model.to(torch.bfloat16)
+model = model.to(getattr(torch, sys.argv[2]))
 ids = torch.randint(97, (2, 48))
 logits = model(ids)
 loss = torch.nn.functional.cross_entropy(logits.float()[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
@@ -137,26 +141,52 @@ def test_the_rwkv_package_generates_as_by_its_own_loops(
         assert relative_rms(value, right) <= FLOAT32
 
 
-@pytest.mark.skipif(find_spec("rwkv_trainer") is None, reason="needs rwkv-trainer")
+needs_rwkv_trainer = pytest.mark.skipif(
+    find_spec("rwkv_trainer") is None, reason="needs rwkv-trainer"
+)
+
+
+@needs_rwkv_trainer
 @pytest.mark.parametrize(
-    ("version", "extension", "oracle"),
+    ("version", "trains", "extension", "oracle"),
     [
-        ("x070", "wind_backstepping", {"RWKV_TORCH_FALLBACK": "1"}),
+        ("x070", "", "wind_backstepping", {"RWKV_TORCH_FALLBACK": "1"}),
         # These have no way without a kernel; ours has.
-        ("x060", "wkv6", {"RWKV_JIT_MODE": "reference"}),
-        ("x052", "wkv5", {"RWKV_JIT_MODE": "reference"}),
+        ("x060", "", "wkv6", {"RWKV_JIT_MODE": "reference"}),
+        ("x060", "states", "wkv6state", {"RWKV_JIT_MODE": "reference"}),
+        ("x052", "", "wkv5", {"RWKV_JIT_MODE": "reference"}),
     ],
 )
 def test_rwkv_trainer_trains_as_in_plain_pytorch(
-    version: str, extension: str, oracle: dict[str, str], tmp_path: Path
+    version: str, trains: str, extension: str, oracle: dict[str, str], tmp_path: Path
 ) -> None:
     script = tmp_path / "train.py"
     script.write_text(TRAINING_BY_A_PACKAGE)
-    asked = {"RWKV_MY_TESTING": version, "RWKV_JIT_ON": "1", "RWKV_JIT_LOG_LEVEL": "info"}
-    done = run(*program("run"), script, tmp_path / "own", environment=asked)
+    asked = {
+        "RWKV_MY_TESTING": version, "RWKV_TRAIN_TYPE": trains, "RWKV_JIT_ON": "1",
+        "RWKV_JIT_LOG_LEVEL": "info",
+    }  # fmt: skip
+    arguments = (*program("run"), script)
+    done = run(*arguments, tmp_path / "own", "bfloat16", environment=asked)
     assert f"rwkv_jit: {extension} is not built" in done.stderr
-    run(*program("run"), script, tmp_path / "plain", environment={**asked, **oracle})
-    own, plain = (torch.load(tmp_path / name) for name in ("own", "plain"))
+    run(*arguments, tmp_path / "plain", "bfloat16", environment={**asked, **oracle})
+    assert_close(tmp_path, MODEL_BFLOAT16)
+
+
+@needs_rwkv_trainer
+def test_rwkv_trainer_trains_by_an_imported_function_as_by_its_own(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(TRAINING_BY_A_PACKAGE)
+    asked = {"RWKV_MY_TESTING": "x070", "RWKV_TORCH_FALLBACK": "1", "RWKV_FLOAT_MODE": "fp32"}
+    run(sys.executable, script, tmp_path / "own", "float32", "--ours", environment=asked)
+    run(sys.executable, script, tmp_path / "plain", "float32", environment=asked)
+    assert_close(tmp_path, FLOAT32)
+
+
+def assert_close(folder: Path, limit: float) -> None:
+    """Whether what was saved as own is what was saved as plain, by relative RMS error."""
+    own, plain = (torch.load(folder / name) for name in ("own", "plain"))
     assert own.keys() == plain.keys()
-    for name, right in plain.items():
-        assert relative_rms(own[name], right) <= MODEL_BFLOAT16, name
+    errors = {name: relative_rms(own[name], right) for name, right in plain.items()}
+    bad = {name: f"{error:.2e}" for name, error in errors.items() if not error <= limit}
+    assert not bad, f"too large: {bad}"
