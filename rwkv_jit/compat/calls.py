@@ -8,7 +8,7 @@ import torch
 
 from ..errors import ArgumentError
 from .extensions import SIZES, Function
-from .heads import batched_state, require_tensor, run_op, shaped
+from .heads import batched_state, run_op, shaped
 
 _INPUTS = {"wkv7": "rwkvab", "wkv6": "rwkvu", "wkv5": "rwkvu"}
 
@@ -33,9 +33,6 @@ class _Call:
         self._op = function.extension.op
         self._title = f"torch.ops.{function.extension.namespace}.{function.name}"
         self._values = values
-        for name, x in values.items():
-            if name not in SIZES:
-                require_tensor(self._title, name, x)
         self._shape = self._token_shape()
         self._decay = function.extension.decay
         # What the gradient of the decay in our convention is to be multiplied by for upstream's.
