@@ -14,6 +14,7 @@ from . import commands
 from .bench_commands import bench
 from .bundle_commands import bundle_app
 from .cache_commands import cache_app
+from .run_command import PASSES_ARGUMENTS_ON, run_program
 
 __all__ = ["app", "main"]
 
@@ -40,8 +41,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Kernels of the RWKV operators: build them ahead of time, look at them, check the machine."
-    "\n\nEvery command takes --json, and then prints JSON alone on standard output. Exit codes: "
-    "0 done, 1 failed, 2 wrong usage, 130 interrupted.",
+    "\n\nEvery command but run takes --json, and then prints JSON alone on standard output. Exit "
+    "codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.",
 )
 app.command()(commands.warm)
 app.command("list")(commands.list_operators)
@@ -52,18 +53,21 @@ app.command()(commands.doctor)
 app.command()(bench)
 app.add_typer(cache_app, name="cache")
 app.add_typer(bundle_app, name="bundle")
+app.command("run", context_settings=PASSES_ARGUMENTS_ON)(run_program)
 
 
 def main() -> None:
     """The entry point of the program."""
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     app(prog_name="rwkv-jit")
 
 
 @app.callback(invoke_without_command=True)
 def _program(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
 ) -> None:
+    if context.invoked_subcommand != "run":
+        warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     if version:
         typer.echo(f"rwkv-jit {__version__}")
         raise typer.Exit

@@ -16,12 +16,12 @@ import pytest
 import torch
 
 from comparing import relative_rms
+from rwkv_checkpoints import HEAD_SIZE, HEADS, LAYERS, VOCABULARY, write_checkpoint
 from rwkv_jit import get_op
 
 pytest.importorskip("rwkv")
 
 LIMIT = 1e-5
-LAYERS, VOCABULARY, WIDTH, HEADS, HEAD_SIZE = 2, 97, 128, 2, 64
 VERSIONS = {"wkv5": "5_2", "wkv6": "6_0"}
 
 on_each_device = pytest.mark.parametrize(
@@ -45,50 +45,6 @@ def client(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         flag.allow_tf32 = value
     torch.backends.cudnn.benchmark = before[1]
     del sys.modules["rwkv.model"]
-
-
-def write_checkpoint(path: Path, op: str) -> None:
-    """A checkpoint in RWKV-LM's format whose every parameter is random."""
-    found: dict[str, torch.Tensor] = {}
-
-    def draw(name: str, *shape: int, scale: float = 0.05, mean: float = 0.0) -> None:
-        found[name] = torch.randn(shape) * scale + mean
-
-    def norm(name: str) -> None:
-        draw(f"{name}.weight", WIDTH, mean=1.0)
-        draw(f"{name}.bias", WIDTH)
-
-    def mixes(prefix: str, names: str) -> None:
-        for name in names:
-            found[prefix + name] = torch.rand(1, 1, WIDTH)
-
-    draw("emb.weight", VOCABULARY, WIDTH, scale=0.5)
-    norm("blocks.0.ln0")
-    for layer in range(LAYERS):
-        block = f"blocks.{layer}."
-        for name in ("ln1", "ln2", "att.ln_x"):
-            norm(block + name)
-        for name in ("receptance", "key", "value", "gate", "output"):
-            draw(f"{block}att.{name}.weight", WIDTH, WIDTH, scale=0.1)
-        draw(f"{block}att.time_faaaa", HEADS, HEAD_SIZE, scale=1.0)
-        if op == "wkv6":
-            mixes(f"{block}att.time_maa_", "xwkvrg")
-            mixes(f"{block}ffn.time_maa_", "kr")
-            draw(f"{block}att.time_maa_w1", WIDTH, 5 * 32)
-            draw(f"{block}att.time_maa_w2", 5, 32, WIDTH)
-            draw(f"{block}att.time_decay", 1, 1, WIDTH, scale=2.0, mean=-1.0)
-            draw(f"{block}att.time_decay_w1", WIDTH, 64)
-            draw(f"{block}att.time_decay_w2", 64, WIDTH)
-        else:
-            mixes(f"{block}att.time_mix_", "kvrg")
-            mixes(f"{block}ffn.time_mix_", "kr")
-            draw(f"{block}att.time_decay", HEADS, HEAD_SIZE, scale=2.0, mean=-1.0)
-        draw(f"{block}ffn.key.weight", 4 * WIDTH, WIDTH, scale=0.1)
-        draw(f"{block}ffn.receptance.weight", WIDTH, WIDTH, scale=0.1)
-        draw(f"{block}ffn.value.weight", WIDTH, 4 * WIDTH, scale=0.1)
-    norm("ln_out")
-    draw("head.weight", VOCABULARY, WIDTH, scale=0.1)
-    torch.save(found, path)
 
 
 def run_kernel(
