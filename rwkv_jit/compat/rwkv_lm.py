@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from ..errors import ArgumentError
-from .heads import batched_state, require_tensor, run_op, shaped, split_heads
+from .heads import batched_state, run_op, shaped, split_heads
+from .tensors import check_is_tensor
 
 _TOKENS = {"wkv5": ("r", "k", "v"), "wkv6": ("r", "k", "v", "w")}
 
@@ -142,7 +143,7 @@ def RWKV7_OP(  # noqa: N802
 
     Returns y [T, C]. No gradients, as upstream.
     """
-    require_tensor("RWKV7_OP", "state", state)
+    check_is_tensor("RWKV7_OP", "state", state)
     if state.dim() != 3:
         raise ArgumentError(f"RWKV7_OP: state has shape {list(state.shape)}, but must be [H, N, N]")
     tokens = split_heads(
@@ -264,7 +265,7 @@ def _with_bonus(
     # As [B, T, C] first, for a message in the caller's terms.
     tokens = {name: tensors[name] for name in _TOKENS[op]}
     for name, x in tokens.items():
-        require_tensor(function, name, x)
+        check_is_tensor(function, name, x)
         if x.shape != (batch, length, channels):
             raise ArgumentError(
                 f"{function}: {name} has shape {list(x.shape)}, but must be [B, T, C] with "

@@ -64,9 +64,7 @@ def _get_op(
 def check_is_tensor(function: str, name: str, value: object) -> None:
     """Raise ArgumentError unless `value`, the argument `name`, is a tensor."""
     if not isinstance(value, torch.Tensor):
-        raise ArgumentError(
-            f"{function}: {name} is a {type(value).__name__}, but must be a tensor; pass one"
-        )
+        raise ArgumentError(f"{function}: {name} is a {type(value).__name__}, not a tensor")
 
 
 def split_heads(function: str, name: str, x: torch.Tensor, head_size: int) -> torch.Tensor:
