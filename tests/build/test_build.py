@@ -95,7 +95,7 @@ def test_miss_where_building_is_forbidden_names_the_remedy(settings: Settings) -
         ),
         (
             "wkv7_n64_bf16_l16_sm90a_cbf16_bounded",
-            "--head-size 64 --dtype bf16 --arch 9.0a --checkpoint-dtype bf16 --lower-bound -10",
+            "--head-size 64 --dtype bf16 --arch 9.0a --checkpoint-dtype bf16 --lower-bound -8",
         ),
     ],
 )

@@ -222,7 +222,7 @@ def test_head_first_is_no_argument(function: Callable[..., Result]) -> None:
         (3, lambda v: v[..., :16], r"v has V=16 in \[B, T, H, V\], but k has K=32"),
         (3, lambda v: v[:, :2], r"v has T=2 in \[B, T, H, N\], but r has T=5"),
         (2, lambda k: k.half(), "k is float16, but must be float32"),
-        (2, lambda _: 1, "k is a int, but must be a tensor"),
+        (2, lambda _: 1, "k is a int, not a tensor"),
         (4, lambda a: a.to("meta"), "a is on meta, but r is on cpu"),
     ],
 )

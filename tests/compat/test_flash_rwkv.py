@@ -126,7 +126,7 @@ def test_classes_apply_the_functions(op: str, function: type) -> None:
         (1, lambda k: k[..., :40], r"key has shape \[2, 3, 40\].* multiple of the head size 32"),
         (1, lambda k: k.half(), r"key is torch.float16, but receptance is torch.float32"),
         (2, lambda v: v[:, :2], r"v has T=2 in \[B, T, H, N\], but r has T=3"),
-        (3, lambda _: None, r"time_decay is a NoneType, but must be a tensor"),
+        (3, lambda _: None, r"time_decay is a NoneType, not a tensor"),
         (4, lambda u: u.flatten()[:40], r"time_first has shape \[40\], but must be \[H, N\]"),
         (4, lambda u: u.bfloat16(), r"u is bfloat16, but must be float32"),
         (5, lambda s: s[0], r"state has shape \[2, 32, 32\], but must be \[B, H, N, N\]"),

@@ -243,7 +243,7 @@ def test_unknown_kernel_types_are_refused(factory: Callable[..., object]) -> Non
         ({0: lambda r: r.long()}, {}, "r is torch.int64, but must be bfloat16, float16 or float32"),
         ({5: lambda b: b[0]}, {"head_first": True}, r"b has shape .* must be \[B, H, T, N\]"),
         ({}, {"mask": torch.ones(B, T + 1)}, r"mask has shape \[2, 6\], but must be \[B, T\]"),
-        ({}, {"mask": [1]}, "mask is a list, but must be a tensor"),
+        ({}, {"mask": [1]}, "mask is a list, not a tensor"),
         ({}, {"initial_state": torch.zeros(B + 1, H, N, N)}, "initial_state has S=3"),
     ],
 )
