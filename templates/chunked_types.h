@@ -21,13 +21,13 @@ constexpr int STATE_WARPS = {{state_warps}};    // that share the state, sixteen
 constexpr int ROW_WARPS = STATE_WARPS / STEPS;  // that share sixteen rows
 constexpr int KEY_STEPS = STEPS / ROW_WARPS;    // of sixteen keys that one has
 constexpr int SPAN = {{checkpoint_tokens}};     // tokens between two checkpoints
-constexpr int CHUNKS = SPAN / TOKENS;           // that are prepared side by side
-constexpr int PARTS = WARPS / CHUNKS;           // warps that prepare one
+constexpr int CHUNKS = SPAN / TOKENS;           // of a span
+constexpr int PARTS = {{parts}};                // warps that prepare one
 constexpr int BLOCKS = {{blocks}};              // that share a multiprocessor
 using Partials = rwkv_jit::Partials<PARTS>;
 constexpr int SHARED_BYTES = {{shared_bytes}};
 static_assert(std::is_same_v<Element, bf16>);
-static_assert(L == TOKENS && SPAN == CHUNKS * L && WARPS == CHUNKS * PARTS);
+static_assert(L == TOKENS && SPAN == CHUNKS * L);
 static_assert(WARPS >= STATE_WARPS && STATE_WARPS == ROW_WARPS * STEPS);
 static_assert(KEY_STEPS * ROW_WARPS == STEPS);
 
@@ -43,31 +43,36 @@ __device__ __forceinline__ int own_key() {
   return ROW_WARPS == 1 ? 0 : threadIdx.x / 32 % ROW_WARPS * KEY_STEPS * 16;
 }
 
-// This lane's place in the state's matrix.
-__device__ __forceinline__ int64_t state_place(int64_t head_index, int step, int tile, int at) {
-  const int row = own_value() + threadIdx.x % 32 / 4 + at / 2 * 8;
-  const int key = own_key() + 16 * step + 8 * tile + threadIdx.x % 4 * 2 + at % 2;
+// This lane's first place in a head's state, and how far from there its others are.
+__device__ __forceinline__ int64_t state_place(int64_t head_index) {
+  const int row = own_value() + threadIdx.x % 32 / 4, key = own_key() + threadIdx.x % 4 * 2;
   return head_index * N * N + (STATE_IS_KV ? key * N + row : row * N + key);
+}
+__device__ __forceinline__ int state_offset(int step, int at) {
+  const int row = at / 2 % 2 * 8, key = 16 * step + at / 4 * 8 + at % 2;
+  return STATE_IS_KV ? key * N + row : row * N + key;
 }
 
 __device__ __forceinline__ void load_state(const void* from, int64_t head_index, State& state) {
+  const int64_t place = state_place(head_index);
 #pragma unroll
   for (int step = 0; step < KEY_STEPS; ++step)
 #pragma unroll
     for (int at = 0; at < 8; ++at)
-      state[step][at / 4][at % 4] = from == nullptr
-                                        ? 0.0f
-                                        : rwkv_jit::load_at<StateElement>(
-                                              from, state_place(head_index, step, at / 4, at % 4));
+      state[step][at / 4][at % 4] =
+          from == nullptr
+              ? 0.0f
+              : rwkv_jit::load_at<StateElement>(from, place + state_offset(step, at));
 }
 
 __device__ __forceinline__ void store_state(const State& state, void* to, int64_t head_index) {
   if (to == nullptr) return;
+  const int64_t place = state_place(head_index);
 #pragma unroll
   for (int step = 0; step < KEY_STEPS; ++step)
 #pragma unroll
     for (int at = 0; at < 8; ++at)
-      rwkv_jit::store_at<StateElement>(to, state_place(head_index, step, at / 4, at % 4),
+      rwkv_jit::store_at<StateElement>(to, place + state_offset(step, at),
                                        state[step][at / 4][at % 4]);
 }
 

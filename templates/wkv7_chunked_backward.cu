@@ -26,7 +26,7 @@ namespace {
 
 using namespace rwkv_jit;
 
-constexpr bool BOUNDED = {{bounded}};  // no decay is below e^-10
+constexpr bool BOUNDED = {{bounded}};  // no decay is below e^-8
 
 // The gradient of one of a chunk's triangles, by this warp.
 __device__ __forceinline__ void triangle_gradient(Shared& shared, int at, int which) {
@@ -268,7 +268,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) backward_kernel(const Argumen
     __syncthreads();  // the tensors are there
     prefetch_next(args, tokens, first - SPAN, checkpoint);
     prepare<DECAY, BOUNDED, PARTS>(args, tokens, first + own * TOKENS, shared.raw[own],
-                                   shared.chunks[own], shared.partials[own]);
+                                   shared.chunks[own], shared.partials[own], [] {});
     __syncthreads();  // the chunks are there
     if constexpr (GROUPS == 1) {
       scan_span_forward(args, checkpoint, shared, chunks);

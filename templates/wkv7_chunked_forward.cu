@@ -1,7 +1,7 @@
-// wkv7 forward on tensor cores: one block per sequence and head, a span of CHUNKS chunks of 16
-// tokens a time. Its warps prepare the chunks side by side, which needs no state; then all warps
-// take the state through them, each with 16 of its rows: S [value, key] stays in registers, in
-// float.
+// wkv7 forward on tensor cores: one block per sequence and head. Most of its warps prepare chunks
+// of 16 tokens, PARTS of them each, which needs no state, and leave them in SLOTS places; the
+// others, each with 16 rows of the state, take it through them: S [value, key] stays in registers,
+// in float.
 #include <cuda_runtime.h>
 
 #include <type_traits>
@@ -16,15 +16,46 @@ namespace {
 
 using namespace rwkv_jit;
 
-constexpr bool BOUNDED = {{bounded}};  // no decay is below e^-10
-static_assert(WARPS == STATE_WARPS);
+constexpr bool BOUNDED = {{bounded}};  // no decay is below e^-8
+constexpr int PREPARING = WARPS - STATE_WARPS, SLOTS = PREPARING / PARTS;
+static_assert(PREPARING == SLOTS * PARTS);
+// Numbered barriers, after those of the chunks: that a slot's chunk is there, and done with.
+constexpr int FULL_BARRIER = PARTS == 1 ? 0 : 1 + SLOTS, EMPTY_BARRIER = FULL_BARRIER + SLOTS;
+constexpr int SLOT_THREADS = (PARTS + STATE_WARPS) * 32;
+static_assert(EMPTY_BARRIER + SLOTS <= 16);
+
+struct Slot {
+  Chunk chunk;
+  Raw raw;
+  bf16 v[TOKENS][ROW];
+};
 
 struct Shared {
-  Chunk chunks[CHUNKS];
-  Raw raw[CHUNKS];
-  bf16 v[SPAN][ROW];
-  Partials partials[CHUNKS];
+  Slot slots[SLOTS];
+  Partials partials[SLOTS];
 };
+
+// Prepares the chunks that come to this warp's slot.
+__device__ __forceinline__ void prepare_chunks(const Arguments& args, const Tokens& tokens,
+                                               Shared& shared) {
+  const int slot_index = threadIdx.x / 32 / PARTS, thread = threadIdx.x % (PARTS * 32);
+  Slot& slot = shared.slots[slot_index];
+  const auto fetch_raw = [&](int first) {
+    fetch<PARTS * 32>(args, tokens, first, thread, slot.raw);
+  };
+  fetch_raw(slot_index * TOKENS);
+  for (int first = slot_index * TOKENS; first < tokens.count; first += SLOTS * TOKENS) {
+    copies_done();
+    if (first >= SLOTS * TOKENS) wait_at<SLOT_THREADS>(EMPTY_BARRIER + slot_index);
+    sync_chunk<PARTS>();  // the tensors are there
+    fetch_rows<TOKENS, PARTS * 32>(args.v, tokens, first, thread, slot.v);
+    prepare<DECAY, BOUNDED, PARTS>(args, tokens, first, slot.raw, slot.chunk,
+                                   shared.partials[slot_index],
+                                   [&] { fetch_raw(first + SLOTS * TOKENS); });
+    copies_done();
+    arrive_at<SLOT_THREADS>(FULL_BARRIER + slot_index);
+  }
+}
 
 // Y^T for this warp's 16 values of a chunk, and the state after it.
 __device__ __forceinline__ void scan_chunk(const Arguments& args, const Tokens& tokens, int first,
@@ -47,40 +78,41 @@ __device__ __forceinline__ void scan_chunk(const Arguments& args, const Tokens& 
   step_state(state, chunk, values, chunk.k, to_operand(u[0], u[1]), chunk.b);
 }
 
-__global__ void __launch_bounds__(THREADS, BLOCKS) forward_kernel(const Arguments args) {
-  extern __shared__ __align__(16) char shared_bytes[];
-  Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
-  const int own = threadIdx.x / 32 / PARTS;  // the chunk that this warp prepares
-  const int thread = threadIdx.x % (PARTS * 32);
-  const int64_t head_index = blockIdx.x;  // s * H + head
-  const int64_t head = head_index % args.H;
-  const Sequence sequence = find_sequence(args, head_index / args.H, SPAN);
-  const Tokens tokens = tokens_of(args, sequence, head);
-  int64_t checkpoint = sequence.first_checkpoint * args.H + head;
-
+// Takes this warp's rows of the state through all chunks.
+__device__ __forceinline__ void scan_chunks(const Arguments& args, const Tokens& tokens,
+                                            const Sequence& sequence, int64_t head_index,
+                                            const Shared& shared) {
+  int64_t checkpoint = sequence.first_checkpoint * args.H + head_index % args.H;
   State state;
   load_state(args.initial_state, head_index, state);
-  fetch<PARTS * 32>(args, tokens, own * TOKENS, thread, shared.raw[own]);
-  for (int first = 0; first < tokens.count; first += SPAN) {
-    store_checkpoint(args, checkpoint, state);
-    checkpoint += args.H;
-    copies_done();
-    __syncthreads();  // and the last span's readers are done
-    fetch_rows<SPAN, THREADS>(args.v, tokens, first, threadIdx.x, shared.v);
-    prepare<DECAY, BOUNDED, PARTS>(args, tokens, first + own * TOKENS, shared.raw[own],
-                                   shared.chunks[own], shared.partials[own]);
-    copies_done();
-    __syncthreads();
-    fetch<PARTS * 32>(args, tokens, first + SPAN + own * TOKENS, thread, shared.raw[own]);
-    for (int chunk = 0; chunk < CHUNKS && first + chunk * TOKENS < tokens.count; ++chunk)
-      scan_chunk(args, tokens, first + chunk * TOKENS, shared.chunks[chunk],
-                 shared.v[chunk * TOKENS], state);
+  int slot = 0;
+  for (int first = 0; first < tokens.count; first += TOKENS) {
+    if (first % SPAN == 0) {
+      store_checkpoint(args, checkpoint, state);
+      checkpoint += args.H;
+    }
+    wait_at<SLOT_THREADS>(FULL_BARRIER + slot);
+    scan_chunk(args, tokens, first, shared.slots[slot].chunk, &shared.slots[slot].v[0][0], state);
+    if (first + SLOTS * TOKENS < tokens.count) arrive_at<SLOT_THREADS>(EMPTY_BARRIER + slot);
+    slot = slot + 1 == SLOTS ? 0 : slot + 1;
   }
-  copies_done();
   // A place that no span needs is written all the same, so that no output is left undefined.
   if ((tokens.count + SPAN - 1) / SPAN < sequence.checkpoints)
     store_checkpoint(args, checkpoint, state);
   store_state(state, args.final_state, head_index);
+}
+
+__global__ void __launch_bounds__(THREADS, BLOCKS) forward_kernel(const Arguments args) {
+  extern __shared__ __align__(16) char shared_bytes[];
+  Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
+  const int64_t head_index = blockIdx.x;  // s * H + head
+  const Sequence sequence = find_sequence(args, head_index / args.H, SPAN);
+  const Tokens tokens = tokens_of(args, sequence, head_index % args.H);
+  if (threadIdx.x < PREPARING * 32) {
+    prepare_chunks(args, tokens, shared);
+  } else {
+    scan_chunks(args, tokens, sequence, head_index, shared);
+  }
 }
 
 }  // namespace

@@ -11,11 +11,12 @@ from ..spec import KernelVariant, TensorSpec
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A block of threads: its warps, those that share the state, how many blocks share a
-    multiprocessor, and the bytes of shared memory that it needs."""
+    """A block of threads: its warps, those that share the state, those that prepare one chunk, how
+    many blocks share a multiprocessor, and the bytes of shared memory that it needs."""
 
     warps: int
     state_warps: int
+    parts: int
     per_multiprocessor: int
     shared_bytes: int
 
@@ -23,6 +24,7 @@ class Block:
         return {
             "warps": self.warps,
             "state_warps": self.state_warps,
+            "parts": self.parts,
             "blocks": self.per_multiprocessor,
             "shared_bytes": self.shared_bytes,
         }
@@ -30,8 +32,7 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Chunked:
-    """How much a block works on at once: a span of tokens, whose chunks its warps prepare side by
-    side. Checkpoints stand before each span."""
+    """How a sequence is worked on: checkpoints stand before each span of tokens."""
 
     head_size: int
     span: int

@@ -18,8 +18,8 @@ _W = replace(
 
 # As wkv6 has them, but with a table of the decay's powers for the decays of the tokens.
 _CHUNKED = (
-    Chunked(64, 64, forward=Block(8, 8, 2, 97_376), backward=Block(8, 8, 1, 165_216)),
-    Chunked(64, 32, forward=Block(8, 8, 1, 53_568), backward=Block(8, 8, 1, 87_488)),
+    Chunked(64, 64, forward=Block(8, 8, 2, 2, 97_376), backward=Block(8, 8, 2, 1, 165_216)),
+    Chunked(64, 32, forward=Block(8, 8, 4, 1, 53_568), backward=Block(8, 8, 4, 1, 87_488)),
 )
 
 WKV5 = OpSpec(

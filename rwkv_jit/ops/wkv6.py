@@ -71,8 +71,8 @@ def bonus_variants(
 
 # On tensor cores, by what shared memory allows; the first that fits is used.
 _CHUNKED = (
-    Chunked(64, 64, forward=Block(8, 8, 2, 96_512), backward=Block(8, 8, 1, 164_352)),
-    Chunked(64, 32, forward=Block(8, 8, 2, 48_384), backward=Block(8, 8, 1, 82_304)),
+    Chunked(64, 64, forward=Block(8, 8, 2, 2, 96_512), backward=Block(8, 8, 2, 1, 164_352)),
+    Chunked(64, 32, forward=Block(8, 8, 4, 2, 48_384), backward=Block(8, 8, 4, 1, 82_304)),
 )
 
 WKV6 = OpSpec(

@@ -45,6 +45,11 @@ __device__ __forceinline__ OperandB scaled(const OperandB& rows, const Accumulat
   return to;
 }
 
+// A second operand [channel, token] as the first operand [token, channel] of the same rows.
+__device__ __forceinline__ OperandA to_first(const OperandB& rows) {
+  return {rows.at[0], rows.at[2], rows.at[1], rows.at[3]};
+}
+
 // Writes such rows at a chunk's channels.
 __device__ __forceinline__ void store_rows(const OperandA& rows, bf16* to) {
   const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
@@ -53,7 +58,7 @@ __device__ __forceinline__ void store_rows(const OperandA& rows, bf16* to) {
     *reinterpret_cast<uint32_t*>(to + (g + at % 2 * 8) * ROW + at / 2 * 8 + 2 * q) = rows.at[at];
 }
 __device__ __forceinline__ void store_rows(const OperandB& rows, bf16* to) {
-  store_rows(OperandA{rows.at[0], rows.at[2], rows.at[1], rows.at[3]}, to);
+  store_rows(to_first(rows), to);
 }
 
 // Such rows as accumulators.

@@ -34,8 +34,8 @@ __device__ __forceinline__ void fetch(const Args& args, const Tokens& tokens, in
 
 struct Chunk {
   bf16 w[TOKENS][ROW];      // W; before that a P-
-  bf16 r[TOKENS][ROW];      // R'; before that r P
-  bf16 k[TOKENS][ROW];      // K''; before that K^
+  bf16 r[TOKENS][ROW];      // R'
+  bf16 k[TOKENS][ROW];      // K''
   bf16 b[TOKENS][ROW];      // B^
   float total[CHANNELS];    // P_L
   bf16 qb[TOKENS][PADDED];  // A_qb
@@ -147,17 +147,45 @@ __device__ __forceinline__ void factors_of(const OperandA& sums, const OperandA&
   if constexpr (BOUNDED) scale_by_half<0>(inside, halves, factors);
 }
 
+// This lane's sixteen bytes of sixteen rows of sixteen channels.
+__device__ __forceinline__ float4* kept_place(bf16* rows) {
+  return reinterpret_cast<float4*>(rows + threadIdx.x % 16 * ROW + threadIdx.x % 32 / 16 * 8);
+}
+
+// Rows times factors, kept as floats until what is added to them is known, so that they are rounded
+// once: the first tile in shared memory where the sum will be, the second in registers, which do
+// not do for both.
+__device__ __forceinline__ void keep_rows(const OperandA& rows, const Accumulator (&factors)[2],
+                                          bf16* first, Accumulator& second) {
+  Accumulator both[2];
+  widen(rows, both);
+  scale(both, factors);
+  *kept_place(first) = make_float4(both[0][0], both[0][1], both[0][2], both[0][3]);
+#pragma unroll
+  for (int at = 0; at < 4; ++at) second[at] = both[1][at];
+}
+__device__ __forceinline__ void kept_rows(bf16* first, const Accumulator& second,
+                                          Accumulator (&to)[2]) {
+  const float4 four = *kept_place(first);
+  to[0][0] = four.x, to[0][1] = four.y, to[0][2] = four.z, to[0][3] = four.w;
+#pragma unroll
+  for (int at = 0; at < 4; ++at) to[1][at] = second[at];
+}
+
 // Prepares the chunk whose tokens are first .. first + 15, by PARTS warps. Those that are not there
-// leave the state as it is.
-template <DecayKind KIND, bool BOUNDED, int PARTS, typename Args>
+// leave the state as it is. `when_read` is called when the warps are done with `raw`.
+template <DecayKind KIND, bool BOUNDED, int PARTS, typename Args, typename Call>
 __device__ __forceinline__ void prepare(const Args& args, const Tokens& tokens, int first,
-                                        const Raw& raw, Chunk& chunk, Partials<PARTS>& partials) {
+                                        const Raw& raw, Chunk& chunk, Partials<PARTS>& partials,
+                                        const Call& when_read) {
   const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
   constexpr int PART_STEPS = CHANNELS / 16 / PARTS, OWN = TRIANGLES / PARTS;
   const int part = threadIdx.x / 32 % PARTS, first_channel = part * PART_STEPS * 16;
   const auto has = [part](Triangle which) { return part == which / OWN; };
   const TokenSums sums;
   Accumulator triangles[TRIANGLES][2] = {};
+  // The second tiles of r P and K^; see keep_rows.
+  Accumulator state_r[PART_STEPS], state_k[PART_STEPS];
 
 #pragma unroll
   for (int step = 0; step < PART_STEPS; ++step) {
@@ -189,7 +217,7 @@ __device__ __forceinline__ void prepare(const Args& args, const Tokens& tokens, 
     load<ROW>(&raw.r[0][channel], r);
     factors_of<BOUNDED>(sums.sum_up_to(), sums.from_middle(), decays, halves, factors, inside,
                         inverse);
-    store_rows(scaled(r, factors), &chunk.r[0][channel]);
+    keep_rows(r, factors, &chunk.r[0][channel], state_r[step]);
     if (g == 7) {
 #pragma unroll
       for (int tile = 0; tile < 2; ++tile)
@@ -207,7 +235,7 @@ __device__ __forceinline__ void prepare(const Args& args, const Tokens& tokens, 
       exp2_of_sums(sums.sum_after(), decays.log_d, factors);
     }
     store_rows(scaled(b, factors), &chunk.b[0][channel]);
-    store_rows(scaled(k, factors), &chunk.k[0][channel]);
+    keep_rows(to_first(k), factors, &chunk.k[0][channel], state_k[step]);
     b = scaled(b, inverse);
     k = scaled(k, inverse);
     add_product(triangles[AB], a, b);
@@ -215,7 +243,9 @@ __device__ __forceinline__ void prepare(const Args& args, const Tokens& tokens, 
     add_product(triangles[QB], r, b);
     add_product(triangles[QK], r, k);
   }
+  __syncwarp();
   add_parts<PARTS>(triangles, partials);
+  when_read();
   const auto triangle = [&triangles](Triangle which) -> Accumulator(&)[2] {
     return triangles[which % OWN];
   };
@@ -249,34 +279,22 @@ __device__ __forceinline__ void prepare(const Args& args, const Tokens& tokens, 
     store_tile<PADDED>(triangle(QK)[1], &chunk.m[0][8]);
   }
 
-  Accumulator w[PART_STEPS][2] = {};
-#pragma unroll
-  for (int step = 0; step < PART_STEPS; ++step) {
-    OperandB rows;
-    load<ROW>(&chunk.w[0][first_channel + 16 * step], rows);
-    add_product(w[step], inverse, rows);
-  }
-  __syncwarp();  // every lane has read a P-, whose place W takes
-#pragma unroll
-  for (int step = 0; step < PART_STEPS; ++step)
-    store_rows(to_operand(w[step][0], w[step][1]), &chunk.w[0][first_channel + 16 * step]);
-  __syncwarp();
 #pragma unroll
   for (int step = 0; step < PART_STEPS; ++step) {
     const int channel = first_channel + 16 * step;
-    Accumulator r[2], k[2];
-    OperandA state_rows;
+    Accumulator w[2] = {}, r[2], k[2];
     OperandB rows;
-    load<ROW>(&chunk.r[0][channel], state_rows);
-    widen(state_rows, r);
     load<ROW>(&chunk.w[0][channel], rows);
-    add_product(r, qb, rows);
-    load<ROW>(&chunk.k[0][channel], state_rows);
-    widen(state_rows, k);
+    add_product(w, inverse, rows);
+    const OperandA rounded = to_operand(w[0], w[1]);
+    kept_rows(&chunk.r[0][channel], state_r[step], r);
+    kept_rows(&chunk.k[0][channel], state_k[step], k);
+    __syncwarp();  // every lane has read what lies where W, R' and K'' come
+    store_rows(rounded, &chunk.w[0][channel]);
+    add_product(r, qb, to_second(rounded));
+    store_rows(to_operand(r[0], r[1]), &chunk.r[0][channel]);
     load<ROW>(&chunk.b[0][channel], rows);
     add_product(k, g_transposed, rows);
-    __syncwarp();  // every lane has read r P and K^, whose places R' and K'' take
-    store_rows(to_operand(r[0], r[1]), &chunk.r[0][channel]);
     store_rows(to_operand(k[0], k[1]), &chunk.k[0][channel]);
   }
 }
