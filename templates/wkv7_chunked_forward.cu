@@ -19,10 +19,11 @@ using namespace rwkv_jit;
 constexpr bool BOUNDED = {{bounded}};  // no decay is below e^-8
 constexpr int PREPARING = WARPS - STATE_WARPS, SLOTS = PREPARING / PARTS;
 static_assert(PREPARING == SLOTS * PARTS);
-// Numbered barriers, after those of the chunks: that a slot's chunk is there, and done with.
-constexpr int FULL_BARRIER = PARTS == 1 ? 0 : 1 + SLOTS, EMPTY_BARRIER = FULL_BARRIER + SLOTS;
+// Numbered barriers: that a slot's chunk is done with, and that it is there. Between the two the
+// former is sync_chunk's.
+constexpr int EMPTY_BARRIER = PARTS == 1 ? 0 : 1, FULL_BARRIER = EMPTY_BARRIER + SLOTS;
 constexpr int SLOT_THREADS = (PARTS + STATE_WARPS) * 32;
-static_assert(EMPTY_BARRIER + SLOTS <= 16);
+static_assert(FULL_BARRIER + SLOTS <= 16);
 
 struct Slot {
   Chunk chunk;
