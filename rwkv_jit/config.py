@@ -18,7 +18,8 @@ ENTRIES = ("forward", "backward", "decode")
 MAX_HEAD_SIZE = 256
 DEFAULT_CHUNK_LENGTH = 16
 # What a bound on log d, declared by the caller, must be at least to make a difference to kernels.
-BOUNDED_FROM = -8.0
+_BOUNDED_FROM = {"fp16": -0.61}
+_BOUNDED_FROM_ELSE = -8.0
 
 _SLUG = re.compile(
     r"(?P<op>[a-z][a-z0-9]*(?:_decode)?)_n(?P<head_size>\d+)_(?P<dtype>bf16|fp16|fp32|fp64)"
@@ -48,7 +49,7 @@ class OpConfig:
     state_dtype: of initial_state and final_state.
     state_layout: order of the state's last two axes, "vk" (value, key) or "kv".
     checkpoint_dtype: of the states kept for the backward, one of CHECKPOINT_DTYPES.
-    bounded: whether the caller says that log d is nowhere below BOUNDED_FROM.
+    bounded: whether the caller says that log d is nowhere below `bounded_from(dtype)`.
 
     Raises ConfigError for values outside these sets. Which combinations an operator has kernels
     for is its spec's to say.
@@ -94,6 +95,11 @@ class OpConfig:
         ]
         return "".join(parts)
 
+    @property
+    def decays_are_bounded(self) -> bool:
+        """Whether they are, be it declared or by what w means."""
+        return self.bounded or self.decay == "logit"
+
     @classmethod
     def parse(cls, slug: str) -> OpConfig:
         """The configuration that `slug` names. Raises ConfigError if it names none."""
@@ -116,7 +122,12 @@ class OpConfig:
         )
 
 
-def is_bounded(op: str, lower_bound: float | None) -> bool:
+def bounded_from(dtype: str) -> float:
+    """The least bound on log d that makes a difference to kernels of `dtype`."""
+    return _BOUNDED_FROM.get(dtype, _BOUNDED_FROM_ELSE)
+
+
+def is_bounded(op: str, dtype: str, lower_bound: float | None) -> bool:
     """Whether a declared bound on log d makes a difference to kernels; None is no declaration.
 
     Raises ConfigError for what cannot be a bound.
@@ -129,7 +140,7 @@ def is_bounded(op: str, lower_bound: float | None) -> bool:
             f"{op}: lower_bound={lower_bound!r} must be a number of at most 0, that below which "
             "the logarithm of no token's decay factor lies, as -0.61; leave it out if there is none"
         )
-    return lower_bound >= BOUNDED_FROM
+    return lower_bound >= bounded_from(dtype)
 
 
 def _choose(op: str, name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -273,7 +273,7 @@ def _get_op(
         state_dtype=default_state_dtype(short) if state_dtype is None else dtype_name(state_dtype),
         state_layout=state_layout,
         checkpoint_dtype="accumulator" if kept in (None, default_state_dtype(short)) else kept,
-        bounded=is_bounded(name, lower_bound),
+        bounded=is_bounded(name, short, lower_bound),
     )
     config = spec.without_idle_bound(config)
     spec.check(config)

@@ -72,6 +72,7 @@ class KernelVariant:
         backward variants of a configuration have the same.
     checkpoint_dtypes: what those may be stored in.
     uses_bound: whether it is another kernel where decays are declared to be bounded.
+    needs_bound: whether it is for bounded decays alone.
     """
 
     entry: str
@@ -86,6 +87,7 @@ class KernelVariant:
     checkpoint_tokens: int = 0
     checkpoint_dtypes: tuple[str, ...] = ("accumulator",)
     uses_bound: bool = False
+    needs_bound: bool = False
 
     def runs_on(self, arch: str) -> bool:
         """Whether this variant's kernel runs on `arch`."""
@@ -128,6 +130,7 @@ class OpSpec:
                 and config.dtype in variant.dtypes
                 and config.chunk_length in variant.chunk_lengths
                 and config.checkpoint_dtype in variant.checkpoint_dtypes
+                and (config.decays_are_bounded or not variant.needs_bound)
             ):
                 return variant
         raise ConfigError(self._refusal(config, here))

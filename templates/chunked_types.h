@@ -1,7 +1,6 @@
 namespace {
 
 using rwkv_jit::Accumulator;
-using rwkv_jit::bf16;
 using rwkv_jit::Chunk;
 using rwkv_jit::OperandA;
 using rwkv_jit::OperandB;
@@ -11,9 +10,6 @@ using rwkv_jit::ROW;
 using rwkv_jit::Tokens;
 using rwkv_jit::TOKENS;
 
-using Element = rwkv_jit::{{dtype}};
-using StateElement = rwkv_jit::{{state_dtype}};
-constexpr auto DECAY = static_cast<rwkv_jit::DecayKind>({{decay}});
 constexpr int STEPS = N / 16;  // of sixteen channels
 constexpr int WARPS = {{warps}};
 constexpr int THREADS = WARPS * 32;
@@ -26,14 +22,13 @@ constexpr int PARTS = {{parts}};                // warps that prepare one
 constexpr int BLOCKS = {{blocks}};              // that share a multiprocessor
 using Partials = rwkv_jit::Partials<PARTS>;
 constexpr int SHARED_BYTES = {{shared_bytes}};
-static_assert(std::is_same_v<Element, bf16>);
 static_assert(L == TOKENS && SPAN == CHUNKS * L);
 static_assert(WARPS >= STATE_WARPS && STATE_WARPS == ROW_WARPS * STEPS);
 static_assert(KEY_STEPS * ROW_WARPS == STEPS);
 
 // A warp's sixteen rows of the state, [value, key], or some of their keys.
 using State = Accumulator[KEY_STEPS][2];
-using StateRows = bf16[N][ROW];  // a state, rounded, [value, key]
+using StateRows = Element[N][ROW];  // a state, rounded, [value, key]
 
 // The first of them.
 __device__ __forceinline__ int own_value() {

@@ -17,6 +17,7 @@
 //% include "prelude.h"
 //% include "wkv6_decay.h"
 #include "rwkv_jit/cuda/element.cuh"
+//% include "element_types.h"
 #include "rwkv_jit/cuda/wkv6_chunk.cuh"
 //% include "chunked_types.h"
 //% include "wkv6_chunked_state.h"
@@ -29,8 +30,8 @@ static_assert(WARPS == STATE_WARPS);
 struct Shared : HeadTables {
   Chunk chunks[CHUNKS];
   Raw raw[CHUNKS];
-  bf16 v[2][SPAN][ROW], dy[2][SPAN][ROW];  // of this span and of the one before it
-  bf16 da[CHUNKS][TOKENS][PADDED];
+  Element v[2][SPAN][ROW], dy[2][SPAN][ROW];  // of this span and of the one before it
+  Element da[CHUNKS][TOKENS][PADDED];
   float dg[CHUNKS][TOKENS];
   union {
     Partials partials[CHUNKS];  // until the chunks are prepared
@@ -48,8 +49,8 @@ struct TokenTotals {
 };
 
 // dA and dg of a chunk, by one warp.
-__device__ __forceinline__ void triangle_gradient(const bf16 (*dy)[ROW], const bf16 (*v)[ROW],
-                                                  bf16 (&da)[TOKENS][PADDED], float (&dg)[TOKENS]) {
+__device__ __forceinline__ void triangle_gradient(const Element (*dy)[ROW], const Element (*v)[ROW],
+                                                  Element (&da)[TOKENS][PADDED], float (&dg)[TOKENS]) {
   const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
   Accumulator sum[2] = {};
 #pragma unroll
@@ -72,7 +73,7 @@ __device__ __forceinline__ void triangle_gradient(const bf16 (*dy)[ROW], const b
 // dv of sixteen values of a chunk.
 __device__ __forceinline__ void value_gradients(const Arguments& args, const Tokens& tokens,
                                                 int first, const Chunk& chunk, const StateRows& d,
-                                                const bf16 (*dy)[ROW], int value) {
+                                                const Element (*dy)[ROW], int value) {
   Accumulator dv[2] = {};
   OperandA left;
   OperandB right;
@@ -116,7 +117,7 @@ __device__ __forceinline__ void add_crossing(const Accumulator (&rows)[2],
 template <typename Channels>
 __device__ __forceinline__ void channel_gradients(const Arguments& args, const Tokens& tokens,
                                                   int first, const Shared& shared, int at,
-                                                  const bf16 (*v)[ROW], const bf16 (*dy)[ROW],
+                                                  const Element (*v)[ROW], const Element (*dy)[ROW],
                                                   int key, const Channels& channels,
                                                   TokenTotals& totals) {
   const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
@@ -313,7 +314,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) backward_kernel(const Argumen
   for (; first >= 0; first -= SPAN, side ^= 1) {
     const int own_first = first + own * TOKENS;
     const int checkpoint = first_checkpoint + static_cast<int>(first / SPAN * args.H);
-    const bf16(*v)[ROW] = shared.v[side], (*dy)[ROW] = shared.dy[side];
+    const Element(*v)[ROW] = shared.v[side], (*dy)[ROW] = shared.dy[side];
     State state;
     load_checkpoint(args, checkpoint, state);
     copies_done();

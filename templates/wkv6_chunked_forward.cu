@@ -9,6 +9,7 @@
 //% include "prelude.h"
 //% include "wkv6_decay.h"
 #include "rwkv_jit/cuda/element.cuh"
+//% include "element_types.h"
 #include "rwkv_jit/cuda/wkv6_chunk.cuh"
 //% include "chunked_types.h"
 //% include "wkv6_chunked_state.h"
@@ -18,7 +19,7 @@ namespace {
 struct Shared : HeadTables {
   Chunk chunks[CHUNKS];
   Raw raw[CHUNKS];
-  bf16 v[SPAN][ROW];
+  Element v[SPAN][ROW];
   union {
     Partials partials[CHUNKS];  // until the chunks are prepared
     StateRows states[CHUNKS];   // before each chunk
@@ -28,7 +29,7 @@ struct Shared : HeadTables {
 // Y of sixteen values of a chunk.
 __device__ __forceinline__ void store_outputs(const Arguments& args, const Tokens& tokens,
                                               int first, const Chunk& chunk, const StateRows& state,
-                                              const bf16 (*v)[ROW], int value) {
+                                              const Element (*v)[ROW], int value) {
   Accumulator y[2] = {};
   OperandA left;
   OperandB right;

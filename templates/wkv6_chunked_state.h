@@ -8,8 +8,8 @@ static_assert(PART_STEPS * PARTS == STEPS);
 
 // state <- state diag(P_L) + left right, for this warp's part.
 __device__ __forceinline__ void step_state(State& state, const Chunk& chunk,
-                                           const bf16 (*left)[ROW],
-                                           const bf16 (&right)[TOKENS][ROW]) {
+                                           const Element (*left)[ROW],
+                                           const Element (&right)[TOKENS][ROW]) {
   OperandA values;
   load_transposed<ROW>(&left[0][own_value()], values);
 #pragma unroll

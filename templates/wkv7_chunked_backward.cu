@@ -17,6 +17,7 @@
 
 //% include "prelude.h"
 #include "rwkv_jit/cuda/element.cuh"
+//% include "element_types.h"
 #include "rwkv_jit/cuda/wkv7_chunk_gradient.cuh"
 //% include "chunked_types.h"
 //% include "wkv7_chunked_state.h"
@@ -214,12 +215,12 @@ __device__ __forceinline__ void prefetch_next(const Arguments& args, const Token
   for (int at = threadIdx.x; at < SPAN * LINES; at += THREADS) {
     const int64_t line = tokens.at(first + at / LINES) + at % LINES * 64;
     for (const void* tensor : {args.r, args.k, args.v, args.a, args.b, args.dy})
-      prefetch(static_cast<const bf16*>(tensor) + line);
+      prefetch(static_cast<const Element*>(tensor) + line);
     if (args.w_dtype == FP32) {
       prefetch(static_cast<const float*>(args.w) + line);
       prefetch(static_cast<const float*>(args.w) + line + 32);
     } else {
-      prefetch(static_cast<const bf16*>(args.w) + line);
+      prefetch(static_cast<const Element*>(args.w) + line);
     }
   }
 }

@@ -8,6 +8,7 @@
 
 //% include "prelude.h"
 #include "rwkv_jit/cuda/element.cuh"
+//% include "element_types.h"
 #include "rwkv_jit/cuda/wkv7_chunk.cuh"
 //% include "chunked_types.h"
 //% include "wkv7_chunked_state.h"
@@ -28,7 +29,7 @@ static_assert(FULL_BARRIER + SLOTS <= 16);
 struct Slot {
   Chunk chunk;
   Raw raw;
-  bf16 v[TOKENS][ROW];
+  Element v[TOKENS][ROW];
 };
 
 struct Shared {
@@ -60,7 +61,7 @@ __device__ __forceinline__ void prepare_chunks(const Arguments& args, const Toke
 
 // Y^T for this warp's 16 values of a chunk, and the state after it.
 __device__ __forceinline__ void scan_chunk(const Arguments& args, const Tokens& tokens, int first,
-                                           const Chunk& chunk, const bf16* v, State& state) {
+                                           const Chunk& chunk, const Element* v, State& state) {
   Accumulator u[2] = {}, y[2] = {};
   OperandA values;
   OperandB right;

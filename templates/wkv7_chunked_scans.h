@@ -6,8 +6,8 @@ using namespace rwkv_jit;
 // What the scans leave of a chunk for its gradients.
 struct Scanned {
   StateRows d;         // D after the chunk
-  bf16 u[N][PADDED];   // U, [value, token]
-  bf16 dx[N][PADDED];  // dX
+  Element u[N][PADDED];   // U, [value, token]
+  Element dx[N][PADDED];  // dX
 };
 
 // With twice the warps that the state needs, one half takes D back through the chunks while the
@@ -29,7 +29,7 @@ struct Work {
 
 struct Shared {
   Chunk chunks[CHUNKS];
-  bf16 v[SPAN][ROW], dy[SPAN][ROW];
+  Element v[SPAN][ROW], dy[SPAN][ROW];
   Raw raw[CHUNKS];
   union {
     Partials partials[CHUNKS];  // until the chunks are prepared
@@ -38,7 +38,7 @@ struct Shared {
 };
 
 // The triangles' gradients take the place of K'', which then is done with.
-__device__ __forceinline__ bf16* triangle_of(Chunk& chunk, int which) {
+__device__ __forceinline__ Element* triangle_of(Chunk& chunk, int which) {
   return &chunk.k[0][0] + which * TOKENS * PADDED;
 }
 static_assert(sizeof(Chunk::k) + sizeof(Chunk::b) >= TRIANGLES * TOKENS * PADDED * 2,

@@ -5,9 +5,9 @@ using namespace rwkv_jit;
 
 // state <- state diag(P_L) + left_a right_a + left_b right_b.
 __device__ __forceinline__ void step_state(State& state, const Chunk& chunk, const OperandA& left_a,
-                                           const bf16 (&right_a)[TOKENS][ROW],
+                                           const Element (&right_a)[TOKENS][ROW],
                                            const OperandA& left_b,
-                                           const bf16 (&right_b)[TOKENS][ROW]) {
+                                           const Element (&right_b)[TOKENS][ROW]) {
 #pragma unroll
   for (int step = 0; step < STEPS; ++step) {
     decay_keys(state[step], &chunk.total[16 * step]);
@@ -24,7 +24,7 @@ __device__ __forceinline__ void store_values(const Accumulator (&values)[2], voi
                                              const Tokens& tokens, int first) {
   const int token = first + threadIdx.x % 32 / 4;
   const OperandB rows = to_second(to_operand(values[0], values[1]));
-  bf16* place = static_cast<bf16*>(to) + tokens.at(token) + own_value() + threadIdx.x % 4 * 2;
+  Element* place = static_cast<Element*>(to) + tokens.at(token) + own_value() + threadIdx.x % 4 * 2;
 #pragma unroll
   for (int part = 0; part < 4; ++part)
     if (token + part / 2 * 8 < tokens.count)

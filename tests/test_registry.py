@@ -72,12 +72,22 @@ def test_a_declared_bound_is_another_kernel_only_where_one_makes_use_of_it() -> 
         {"decay": "logit"},
         {"name": "wkv6"},
         {"dtype": torch.float32},
+        {"dtype": torch.float16, "arch": "8.6", "head_size": 128},
         {"arch": "cpu"},
         {"chunk_length": 32},
     ):
         bound = -0.61 if options else -8.1
         assert chosen(bound, **options) is chosen(None, **options)
         assert chosen(-math.inf, **options) is chosen(None, **options)
+
+
+def test_tensor_cores_serve_float16_where_decays_are_bounded_closely() -> None:
+    def template(**options: object) -> str:
+        op = get_op(head_size=64, dtype=torch.float16, arch="9.0a", **options)  # type: ignore[call-overload]
+        return SPECS["wkv7"].variant(op.config, "forward").template
+
+    assert template() == template(lower_bound=-0.62) == "wkv7_forward.cu"
+    assert template(lower_bound=-0.61) == template(decay="logit") == "wkv7_chunked_forward.cu"
 
 
 def test_a_slug_with_a_bound_that_no_kernel_uses_is_refused() -> None:

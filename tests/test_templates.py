@@ -135,14 +135,15 @@ def test_every_cuda_template_compiles_and_nothing_spills(
 
 
 @pytest.mark.parametrize("entry", SPECS["wkv7"].entries)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize(
     ("arch", "size"), [("sm80", 64), ("sm86", 64), ("sm90a", 64), ("sm90a", 128)]
 )
 def test_kernels_of_bounded_decays_compile_and_nothing_spills(
-    arch: str, size: int, entry: str, tmp_path: Path
+    arch: str, size: int, dtype: str, entry: str, tmp_path: Path
 ) -> None:
     config = OpConfig(
-        op="wkv7", head_size=size, dtype="bf16", chunk_length=16, arch=arch, bounded=True
+        op="wkv7", head_size=size, dtype=dtype, chunk_length=16, arch=arch, bounded=True
     )
     assert_nothing_spills(config, entry, tmp_path)
 

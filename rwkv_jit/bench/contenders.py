@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..arch import is_cuda
-from ..config import BOUNDED_FROM, OpConfig
+from ..config import OpConfig, bounded_from
 from ..errors import BenchError
 from ..launch import TORCH_DTYPES
 from ..ops import get_spec
@@ -88,7 +88,7 @@ def ours(case: Case, device: str) -> Contender:
         dtype=TORCH_DTYPES[case.dtype],
         device=device,
         decay=spec.decays[0],
-        lower_bound=BOUNDED_FROM if case.bounded else None,
+        lower_bound=bounded_from(case.dtype) if case.bounded else None,
         state_dtype=TORCH_DTYPES[case.state_dtype] if case.state_dtype else None,
     )
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..arch import display_arch, is_cuda
 from ..cache import NO_SPACE, Cache, CacheEntry, cache_key, meaning_key
-from ..config import BOUNDED_FROM, DEFAULT_CHUNK_LENGTH, OpConfig, default_state_dtype
+from ..config import DEFAULT_CHUNK_LENGTH, OpConfig, bounded_from, default_state_dtype
 from ..errors import CacheError, KernelMissingError, RwkvJitError, ToolchainError
 from ..render import RenderedSource
 from ..settings import Settings
@@ -215,5 +215,5 @@ def warm_command(config: OpConfig) -> str:
     if config.checkpoint_dtype != "accumulator":
         options.append(f"--checkpoint-dtype {config.checkpoint_dtype}")
     if config.bounded:
-        options.append(f"--lower-bound {BOUNDED_FROM:g}")
+        options.append(f"--lower-bound {bounded_from(config.dtype):g}")
     return " ".join(options)

@@ -89,7 +89,6 @@ def bench(
     Exit code 1 if an operator fails; what becomes of peers does not count.
     """
     ops = split_list(op, "--op", str)
-    bounded = is_bounded("bench", lower_bound)
     dtypes = split_list(dtype, "--dtype", one_of(DTYPES))
     shapes = _shapes(shape or (), plot)
     _check_choice(device, _DEVICES, "--device")
@@ -112,7 +111,7 @@ def bench(
         sweep(corner) if corner else shapes,
         dtypes,
         state_dtype,
-        bounded,
+        lower_bound,
         device,
     )
     line_ups = _line_ups(cases, device, known_peers=peers, peer_files=rwkv_lm or ())
@@ -182,7 +181,7 @@ def _cases(
     shapes: Sequence[Shape],
     dtypes: Sequence[str],
     state_dtype: str,
-    bounded: bool,
+    lower_bound: float | None,
     device: str,
 ) -> list[Case]:
     """Every combination; of what is not named, the defaults of the device."""
@@ -195,7 +194,7 @@ def _cases(
                 shape=shape,
                 dtype=dtype,
                 state_dtype=state_dtype if serving else "",
-                bounded=bounded,
+                bounded=is_bounded("bench", dtype, lower_bound),
             )
             for dtype in dtypes or default_dtypes(device)
             for shape in shapes or default_shapes(device, serving=serving)

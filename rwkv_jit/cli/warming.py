@@ -226,7 +226,7 @@ def _combinations(choices: Choices, op: str) -> Iterator[OpConfig]:
                     state_dtype=state_dtype,
                     state_layout=state_layout,
                     checkpoint_dtype=checkpoint_dtype,
-                    bounded=is_bounded(op, choices.lower_bound),
+                    bounded=is_bounded(op, dtype, choices.lower_bound),
                 )
 
 

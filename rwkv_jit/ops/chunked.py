@@ -45,12 +45,14 @@ class Chunked:
         constants: Callable[[OpConfig], Mapping[str, int]],
         backward_scratch: tuple[TensorSpec, ...] = (),
         *,
+        dtype: str = "bf16",
         uses_bound: bool = False,
     ) -> tuple[KernelVariant, KernelVariant]:
         """The variants of `<templates>_chunked_forward.cu` and `_chunked_backward.cu`.
 
         constants: what the templates take beside their sizes.
         backward_scratch: tensors that the backward launcher needs.
+        dtype: bf16, or fp16 for decays that are bounded.
         uses_bound: whether a declared bound of the decay makes other kernels.
         """
         forward = KernelVariant(
@@ -58,7 +60,7 @@ class Chunked:
             template=f"{templates}_chunked_forward.cu",
             min_arch=80,
             head_sizes=(self.head_size,),
-            dtypes=("bf16",),
+            dtypes=(dtype,),
             chunk_lengths=(16,),
             constants=lambda config: {
                 "checkpoint_tokens": self.span,
@@ -69,8 +71,9 @@ class Chunked:
             # One limit for both: the entries share their checkpoints.
             shared_bytes=max(self.forward.shared_bytes, self.backward.shared_bytes),
             checkpoint_tokens=self.span,
-            checkpoint_dtypes=CHECKPOINT_DTYPES,
+            checkpoint_dtypes=CHECKPOINT_DTYPES if dtype == "bf16" else ("accumulator",),
             uses_bound=uses_bound,
+            needs_bound=dtype == "fp16",
         )
         backward = replace(
             forward,

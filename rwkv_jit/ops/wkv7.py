@@ -46,7 +46,7 @@ _CHUNKED = (
 
 
 def _chunked_constants(config: OpConfig) -> Mapping[str, int]:
-    return {"bounded": int(config.bounded or config.decay == "logit")}
+    return {"bounded": int(config.decays_are_bounded)}
 
 
 WKV7 = OpSpec(
@@ -79,8 +79,9 @@ WKV7 = OpSpec(
     variants=(
         *(
             variant
+            for dtype in ("bf16", "fp16")
             for row in _CHUNKED
-            for variant in row.variants("wkv7", _chunked_constants, uses_bound=True)
+            for variant in row.variants("wkv7", _chunked_constants, dtype=dtype, uses_bound=True)
         ),
         *recurrence_variants("wkv7", constants={}, cuda_scratch=(_PRODUCTS,)),
     ),

@@ -9,34 +9,60 @@ import torch
 
 from comparing import TOLERANCES, assert_matches_reference, random_call, relative_rms, run
 from rwkv_jit import Op, get_op
+from rwkv_jit.launch import TORCH_DTYPES
 from rwkv_jit.ops import SPECS
 
 CHUNKED = [("wkv7", 64), ("wkv7", 128), ("wkv6", 64), ("wkv5", 64)]
 for_each_kernel = pytest.mark.parametrize(("name", "size"), CHUNKED)
+for_each_dtype = pytest.mark.parametrize(
+    ("name", "size", "dtype"),
+    [*((*kernel, "bf16") for kernel in CHUNKED), ("wkv7", 64, "fp16"), ("wkv7", 128, "fp16")],
+)
 
 
-def on_tensor_cores(name: str, size: int, **options: object) -> Op:
-    op = get_op(name, head_size=size, dtype=torch.bfloat16, device="cuda", **options)  # type: ignore[arg-type]
+def on_tensor_cores(name: str, size: int, dtype: str = "bf16", **options: object) -> Op:
+    if dtype == "fp16":
+        options["decay"] = "logit"
+    op = get_op(name, head_size=size, dtype=TORCH_DTYPES[dtype], device="cuda", **options)  # type: ignore[arg-type]
     assert "chunked" in SPECS[name].variant(op.config, "backward").template
     return op
 
 
 @pytest.mark.gpu
-@for_each_kernel
-@pytest.mark.parametrize("length", [31, 33, 63, 64, 65, 127, 128, 129, 200])
-def test_tails_of_spans_match_the_reference(name: str, size: int, length: int) -> None:
+@for_each_dtype
+@pytest.mark.parametrize("length", [1, 16, 17, 31, 63, 64, 65, 127, 128, 129, 145, 300])
+def test_tails_of_spans_match_the_reference(name: str, size: int, dtype: str, length: int) -> None:
     call = random_call(2, length, 2, size, op=name)
-    assert_matches_reference(on_tensor_cores(name, size), call, "cuda")
+    assert_matches_reference(on_tensor_cores(name, size, dtype), call, "cuda")
 
 
 @pytest.mark.gpu
-@for_each_kernel
-def test_a_very_long_sequence_matches_the_float32_recurrence(name: str, size: int) -> None:
-    op = on_tensor_cores(name, size)
-    precise = get_op(name, head_size=size, dtype=torch.float32, device="cuda")
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("case", ["strongest", "weakest", "mixed", "identical", "large state"])
+def test_float16_with_bounded_decays_matches_the_reference(size: int, case: str) -> None:
+    w = {"strongest": [90.0], "weakest": [-9.0], "mixed": [-90.0, -5.0, 0.0, 90.0]}.get(case)
+    shape = (2, 530, 2, size)
+    call = random_call(
+        *shape,
+        w=None if w is None else torch.tensor(w).double()[torch.randint(len(w), shape)],
+        identical=case == "identical",
+        state_scale=1e3 if case == "large state" else 1.0,
+    )
+    assert_matches_reference(on_tensor_cores("wkv7", size, "fp16"), call, "cuda")
+
+
+@pytest.mark.gpu
+@for_each_dtype
+def test_a_very_long_sequence_matches_the_float32_recurrence(
+    name: str, size: int, dtype: str
+) -> None:
+    op = on_tensor_cores(name, size, dtype)
+    precise = get_op(
+        name, head_size=size, dtype=torch.float32, device="cuda", decay=op.config.decay
+    )
     call = random_call(1, 32768, 2, size, op=name).rounded(op)
     found, truth = run(op, call, "cuda"), run(precise, call.rounded(precise), "cuda")
-    output, gradient, _ = TOLERANCES["bf16"]
+    output, gradient, _ = TOLERANCES[dtype]
     errors = {name: relative_rms(found[name], truth[name]) for name in truth}
     bad = {
         name: error
@@ -63,9 +89,11 @@ def test_rounded_checkpoints_change_gradients_alone_and_within_their_limits(
 
 
 @pytest.mark.gpu
-@for_each_kernel
-def test_a_sequence_of_a_batch_has_the_bits_that_it_has_alone(name: str, size: int) -> None:
-    op = on_tensor_cores(name, size)
+@for_each_dtype
+def test_a_sequence_of_a_batch_has_the_bits_that_it_has_alone(
+    name: str, size: int, dtype: str
+) -> None:
+    op = on_tensor_cores(name, size, dtype)
     bounds = [0, 1, 70, 70, 134, 333]
     batch = random_call(1, 333, 2, size, op=name, sequences=5).rounded(op)
     batch.cu_seqlens = torch.tensor(bounds)

@@ -158,10 +158,10 @@ def test_adversarial_inputs_match_the_reference(
 ) -> None:
     decay, make = ADVERSARIAL[case]
     op = op_for(name, device, dtype, size, decay=decay)
-    # On tensor cores r and k are rounded twice on their way into the products of wkv7, which shows
-    # where the state hardly decays: y's error is 4.3e-3.
-    twice = (name, dtype, size, device) == ("wkv7", "bf16", 64, "cuda") and "near one over" in case
-    assert_matches_reference(op, make(name, size), device, of_y=4.5e-3 if twice else None)
+    # On tensor cores roundings of the operands add up where the state hardly decays: y's error is
+    # 4.0e-3.
+    slow = (name, dtype, size, device) == ("wkv7", "bf16", 64, "cuda") and "near one over" in case
+    assert_matches_reference(op, make(name, size), device, of_y=4.2e-3 if slow else None)
 
 
 @pytest.mark.gpu

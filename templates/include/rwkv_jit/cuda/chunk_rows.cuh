@@ -20,7 +20,7 @@ __device__ __forceinline__ void lower_triangle(Accumulator (&matrix)[2]) {
 
 // Writes an accumulator of 8 columns to rows of bf16, COLUMNS apart.
 template <int COLUMNS>
-__device__ __forceinline__ void store_tile(const Accumulator& tile, bf16* to) {
+__device__ __forceinline__ void store_tile(const Accumulator& tile, Element* to) {
   const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
   *reinterpret_cast<uint32_t*>(to + g * COLUMNS + 2 * q) = pack(tile[0], tile[1]);
   *reinterpret_cast<uint32_t*>(to + (g + 8) * COLUMNS + 2 * q) = pack(tile[2], tile[3]);
@@ -51,13 +51,13 @@ __device__ __forceinline__ OperandA to_first(const OperandB& rows) {
 }
 
 // Writes such rows at a chunk's channels.
-__device__ __forceinline__ void store_rows(const OperandA& rows, bf16* to) {
+__device__ __forceinline__ void store_rows(const OperandA& rows, Element* to) {
   const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
 #pragma unroll
   for (int at = 0; at < 4; ++at)
     *reinterpret_cast<uint32_t*>(to + (g + at % 2 * 8) * ROW + at / 2 * 8 + 2 * q) = rows.at[at];
 }
-__device__ __forceinline__ void store_rows(const OperandB& rows, bf16* to) {
+__device__ __forceinline__ void store_rows(const OperandB& rows, Element* to) {
   store_rows(to_first(rows), to);
 }
 
@@ -105,7 +105,7 @@ __device__ __forceinline__ void running_sum_back(float& upper, float& lower) {
 // Writes a gradient [token, channel] of such pairs.
 __device__ __forceinline__ void store_pairs(const Accumulator (&values)[2], void* to, int64_t at,
                                             int token_stride, const bool (&valid)[2]) {
-  bf16* first = static_cast<bf16*>(to) + at;
+  Element* first = static_cast<Element*>(to) + at;
 #pragma unroll
   for (int part = 0; part < 4; ++part)
     if (valid[part % 2])

@@ -5,14 +5,14 @@
 
 namespace rwkv_jit {
 
-using bf16 = __nv_bfloat16;
-
 constexpr int TOKENS = 16;         // of a chunk
 constexpr int CHANNELS = N;        // head size; the source that includes this defines it
 constexpr int ROW = CHANNELS + 8;  // of bf16 in shared memory; the padding keeps banks apart
 constexpr int PADDED = 24;         // columns of a matrix [16 x 16] there
 constexpr float LOG2_E = 1.4426950408889634f;
-constexpr float STRONGEST = -8.0f * LOG2_E;  // log2 d inside the triangles
+// log2 d inside the triangles. Eight tokens of it have to be in the range of the products' operands,
+// and for bf16 one such token leaves nothing of what was before it.
+constexpr float STRONGEST = (IS_FP16 ? -0.61f : -8.0f) * LOG2_E;
 constexpr float SMALLEST_FACTOR = -100.0f;   // log2 d, where w is d
 
 // log2 of the decay factor. Finite, so that differences are; exp2 of the bound is 0, and for FACTOR
@@ -44,11 +44,11 @@ struct Tokens {
 // barrier of the threads.
 template <int COUNT, int THREADS>
 __device__ __forceinline__ void fetch_rows(const void* from, const Tokens& tokens, int first,
-                                           int thread, bf16 (*to)[ROW]) {
+                                           int thread, Element (*to)[ROW]) {
   constexpr int PIECE = 8, PIECES = CHANNELS / PIECE, STEP = THREADS / PIECES;
   const int row = thread / PIECES, column = thread % PIECES * PIECE;
   if (STEP > COUNT && row >= COUNT) return;
-  const bf16* source = static_cast<const bf16*>(from) + tokens.at(first + row) + column;
+  const Element* source = static_cast<const Element*>(from) + tokens.at(first + row) + column;
 #pragma unroll
   for (int at = 0; at < COUNT; at += STEP)
     copy_async(&to[row + at][column], source + at * tokens.stride, first + row + at < tokens.count);
@@ -74,7 +74,7 @@ __device__ __forceinline__ void load_wide_decay(const void* from, const Tokens& 
   }
 }
 
-// Values in two parts of bf16, which together keep 16 bits of them.
+// Values in two parts, which together keep 16 bits of them or, of fp16, 22.
 struct Split {
   OperandB high, low;
 };
@@ -139,11 +139,11 @@ struct TokenSums {
   }
 
  private:
-  static constexpr uint32_t ONES = 0x3f803f80u;   // 1, 1
+  static constexpr uint32_t ONE = IS_FP16 ? 0x3c00u : 0x3f80u, ONES = ONE << 16 | ONE;
   static constexpr uint32_t MINUS = 0x80008000u;  // -0 is as good as 0
 
   static __device__ __forceinline__ uint32_t ones(bool low, bool high) {
-    return (low ? 0x3f80u : 0u) | (high ? 0x3f800000u : 0u);
+    return (low ? ONE : 0u) | (high ? ONE << 16 : 0u);
   }
 };
 

@@ -1,13 +1,19 @@
 #pragma once
-// Tensor-core products of bf16 with float sums, and the moves between shared memory and fragments.
+// Tensor-core products of elements with float sums, and the moves between shared memory and fragments.
 // Lane l is row g = l / 4 and column pair q = l % 4 of a fragment.
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "rwkv_jit/cuda/copy.cuh"
 
 namespace rwkv_jit {
+
+// The source that includes this defines Element, bf16 or fp16.
+constexpr bool IS_FP16 = std::is_same_v<Element, __half>;
+static_assert(IS_FP16 || std::is_same_v<Element, __nv_bfloat16>);
 
 // A 16 x 8 product: (g, 2q), (g, 2q + 1), (g + 8, 2q), (g + 8, 2q + 1).
 using Accumulator = float[4];
@@ -23,21 +29,36 @@ struct OperandB {
 };
 
 __device__ __forceinline__ uint32_t pack(float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
+  uint32_t pair;
+  if constexpr (IS_FP16) {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  }
+  return pair;
 }
-__device__ __forceinline__ float low_of(uint32_t pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float low_of(uint32_t pair) {
+  if constexpr (IS_FP16) return __low2float(*reinterpret_cast<const __half2*>(&pair));
+  return __uint_as_float(pair << 16);
+}
 __device__ __forceinline__ float high_of(uint32_t pair) {
+  if constexpr (IS_FP16) return __high2float(*reinterpret_cast<const __half2*>(&pair));
   return __uint_as_float(pair & 0xffff0000u);
 }
 
 __device__ __forceinline__ void mma(Accumulator& sum, const OperandA& a, uint32_t b_upper,
                                     uint32_t b_lower) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-      : "r"(a.at[0]), "r"(a.at[1]), "r"(a.at[2]), "r"(a.at[3]), "r"(b_upper), "r"(b_lower));
+#define RWKV_JIT_MMA(type)                                              \
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type \
+               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])                     \
+      : "r"(a.at[0]), "r"(a.at[1]), "r"(a.at[2]), "r"(a.at[3]), "r"(b_upper), "r"(b_lower))
+  if constexpr (IS_FP16) {
+    RWKV_JIT_MMA("f16");
+  } else {
+    RWKV_JIT_MMA("bf16");
+  }
+#undef RWKV_JIT_MMA
 }
 
 // sum += a b, sum's columns in two tiles.
@@ -68,10 +89,10 @@ __device__ __forceinline__ OperandA to_operand(const Accumulator& left, const Ac
           pack(right[2], right[3])};
 }
 
-// The four 8 x 8 matrices of a 16 x 16 block of bf16: left ones first, or (not DOWN) upper ones
+// The four 8 x 8 matrices of a 16 x 16 block: left ones first, or (not DOWN) upper ones
 // first; each transposed if TURNED.
 template <int STRIDE, bool DOWN, bool TURNED>
-__device__ __forceinline__ void load_matrices(const __nv_bfloat16* block, uint32_t (&to)[4]) {
+__device__ __forceinline__ void load_matrices(const Element* block, uint32_t (&to)[4]) {
   const int lane = threadIdx.x % 32;
   const int row = DOWN ? lane % 16 : lane % 8 + lane / 16 * 8;
   const int column = DOWN ? lane / 16 * 8 : lane / 8 % 2 * 8;
@@ -87,21 +108,21 @@ __device__ __forceinline__ void load_matrices(const __nv_bfloat16* block, uint32
   }
 }
 
-// The 16 x 16 block of bf16 at `block`, rows STRIDE apart, or its transpose, as an operand.
+// The 16 x 16 block at `block`, rows STRIDE apart, or its transpose, as an operand.
 template <int STRIDE>
-__device__ __forceinline__ void load(const __nv_bfloat16* block, OperandA& a) {
+__device__ __forceinline__ void load(const Element* block, OperandA& a) {
   load_matrices<STRIDE, true, false>(block, a.at);
 }
 template <int STRIDE>
-__device__ __forceinline__ void load_transposed(const __nv_bfloat16* block, OperandA& a) {
+__device__ __forceinline__ void load_transposed(const Element* block, OperandA& a) {
   load_matrices<STRIDE, false, true>(block, a.at);
 }
 template <int STRIDE>
-__device__ __forceinline__ void load(const __nv_bfloat16* block, OperandB& b) {
+__device__ __forceinline__ void load(const Element* block, OperandB& b) {
   load_matrices<STRIDE, true, true>(block, b.at);
 }
 template <int STRIDE>
-__device__ __forceinline__ void load_transposed(const __nv_bfloat16* block, OperandB& b) {
+__device__ __forceinline__ void load_transposed(const Element* block, OperandB& b) {
   load_matrices<STRIDE, false, false>(block, b.at);
 }
 

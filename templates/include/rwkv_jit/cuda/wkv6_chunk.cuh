@@ -13,14 +13,14 @@ namespace rwkv_jit {
 // A chunk's tensors as they lie in memory; zeros for tokens that are not there. A w of float32 is
 // read from where it is, and so is one decay of all tokens.
 struct Raw {
-  bf16 r[TOKENS][ROW], k[TOKENS][ROW], w[DECAY_PER_TOKEN ? TOKENS : 1][ROW];
+  Element r[TOKENS][ROW], k[TOKENS][ROW], w[DECAY_PER_TOKEN ? TOKENS : 1][ROW];
 };
 
 struct Chunk {
-  bf16 r[TOKENS][ROW];     // R~
-  bf16 k[TOKENS][ROW];     // K^
+  Element r[TOKENS][ROW];     // R~
+  Element k[TOKENS][ROW];     // K^
   float total[CHANNELS];   // P_L
-  bf16 m[TOKENS][PADDED];  // M
+  Element m[TOKENS][PADDED];  // M
 };
 
 // Asks for a chunk's tensors.
@@ -158,7 +158,7 @@ __device__ __forceinline__ void read_bonus(const HeadTables& tables, int channel
 template <DecayKind KIND, typename Args>
 __device__ __forceinline__ float log2_decay_of(const Args& args, int64_t head, int channel) {
   return log2_decay<KIND>(
-      load_mixed<bf16>(args.w, args.w_dtype, decay_row(0, head) * CHANNELS + channel));
+      load_mixed<Element>(args.w, args.w_dtype, decay_row(0, head) * CHANNELS + channel));
 }
 
 template <DecayKind KIND, int THREADS, typename Args>
@@ -180,7 +180,7 @@ template <DecayKind KIND, int THREADS, typename Args>
 __device__ __forceinline__ void make_tables(const Args& args, int64_t head, HeadTables& tables) {
   make<KIND, THREADS>(args, head, tables);
   for (int j = threadIdx.x; j < CHANNELS; j += THREADS)
-    tables.bonus[j] = load_mixed<bf16>(args.u, args.u_dtype, head * CHANNELS + j);
+    tables.bonus[j] = load_mixed<Element>(args.u, args.u_dtype, head * CHANNELS + j);
 }
 
 // The factors of sixteen channels of a chunk; 1 for tokens that are not there.

@@ -18,7 +18,7 @@ namespace rwkv_jit {
 // A chunk's tensors as they lie in memory; zeros for tokens that are not there. A w of float32 is
 // read from where it is.
 struct Raw {
-  bf16 r[TOKENS][ROW], k[TOKENS][ROW], a[TOKENS][ROW], b[TOKENS][ROW], w[TOKENS][ROW];
+  Element r[TOKENS][ROW], k[TOKENS][ROW], a[TOKENS][ROW], b[TOKENS][ROW], w[TOKENS][ROW];
 };
 
 // Asks for a chunk's tensors.
@@ -33,19 +33,19 @@ __device__ __forceinline__ void fetch(const Args& args, const Tokens& tokens, in
 }
 
 struct Chunk {
-  bf16 w[TOKENS][ROW];      // W; before that a P-
-  bf16 r[TOKENS][ROW];      // R'
-  bf16 k[TOKENS][ROW];      // K''
-  bf16 b[TOKENS][ROW];      // B^
+  Element w[TOKENS][ROW];      // W; before that a P-
+  Element r[TOKENS][ROW];      // R'
+  Element k[TOKENS][ROW];      // K''
+  Element b[TOKENS][ROW];      // B^
   float total[CHANNELS];    // P_L
-  bf16 qb[TOKENS][PADDED];  // A_qb
+  Element qb[TOKENS][PADDED];  // A_qb
   union {
-    bf16 m[TOKENS][PADDED];       // M
+    Element m[TOKENS][PADDED];       // M
     float right[TOKENS][TOKENS];  // A_ak by columns
   };
   union {
     float lower[TOKENS][20];          // A_ab by columns
-    bf16 solved[2 * TOKENS][TOKENS];  // T and G, by columns
+    Element solved[2 * TOKENS][TOKENS];  // T and G, by columns
   };
 };
 
@@ -148,7 +148,7 @@ __device__ __forceinline__ void factors_of(const OperandA& sums, const OperandA&
 }
 
 // This lane's sixteen bytes of sixteen rows of sixteen channels.
-__device__ __forceinline__ float4* kept_place(bf16* rows) {
+__device__ __forceinline__ float4* kept_place(Element* rows) {
   return reinterpret_cast<float4*>(rows + threadIdx.x % 16 * ROW + threadIdx.x % 32 / 16 * 8);
 }
 
@@ -156,7 +156,7 @@ __device__ __forceinline__ float4* kept_place(bf16* rows) {
 // once: the first tile in shared memory where the sum will be, the second in registers, which do
 // not do for both.
 __device__ __forceinline__ void keep_rows(const OperandA& rows, const Accumulator (&factors)[2],
-                                          bf16* first, Accumulator& second) {
+                                          Element* first, Accumulator& second) {
   Accumulator both[2];
   widen(rows, both);
   scale(both, factors);
@@ -164,7 +164,7 @@ __device__ __forceinline__ void keep_rows(const OperandA& rows, const Accumulato
 #pragma unroll
   for (int at = 0; at < 4; ++at) second[at] = both[1][at];
 }
-__device__ __forceinline__ void kept_rows(bf16* first, const Accumulator& second,
+__device__ __forceinline__ void kept_rows(Element* first, const Accumulator& second,
                                           Accumulator (&to)[2]) {
   const float4 four = *kept_place(first);
   to[0][0] = four.x, to[0][1] = four.y, to[0][2] = four.z, to[0][3] = four.w;
