@@ -55,9 +55,8 @@ __device__ __forceinline__ void load_state(const void* from, int64_t head_index,
 #pragma unroll
     for (int at = 0; at < 8; ++at)
       state[step][at / 4][at % 4] =
-          from == nullptr
-              ? 0.0f
-              : rwkv_jit::load_at<StateElement>(from, place + state_offset(step, at));
+          from == nullptr ? 0.0f
+                          : rwkv_jit::load_at<StateElement>(from, place + state_offset(step, at));
 }
 
 __device__ __forceinline__ void store_state(const State& state, void* to, int64_t head_index) {

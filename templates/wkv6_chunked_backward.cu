@@ -50,7 +50,8 @@ struct TokenTotals {
 
 // dA and dg of a chunk, by one warp.
 __device__ __forceinline__ void triangle_gradient(const Element (*dy)[ROW], const Element (*v)[ROW],
-                                                  Element (&da)[TOKENS][PADDED], float (&dg)[TOKENS]) {
+                                                  Element (&da)[TOKENS][PADDED],
+                                                  float (&dg)[TOKENS]) {
   const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
   Accumulator sum[2] = {};
 #pragma unroll

@@ -5,7 +5,7 @@ using namespace rwkv_jit;
 
 // What the scans leave of a chunk for its gradients.
 struct Scanned {
-  StateRows d;         // D after the chunk
+  StateRows d;            // D after the chunk
   Element u[N][PADDED];   // U, [value, token]
   Element dx[N][PADDED];  // dX
 };

@@ -13,7 +13,7 @@ constexpr float LOG2_E = 1.4426950408889634f;
 // log2 d inside the triangles. Eight tokens of it have to be in the range of the products' operands,
 // and for bf16 one such token leaves nothing of what was before it.
 constexpr float STRONGEST = (IS_FP16 ? -0.61f : -8.0f) * LOG2_E;
-constexpr float SMALLEST_FACTOR = -100.0f;   // log2 d, where w is d
+constexpr float SMALLEST_FACTOR = -100.0f;  // log2 d, where w is d
 
 // log2 of the decay factor. Finite, so that differences are; exp2 of the bound is 0, and for FACTOR
 // small enough that its square is. BOUNDED: the caller says that none is below STRONGEST; one that

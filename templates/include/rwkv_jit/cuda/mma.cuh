@@ -48,17 +48,19 @@ __device__ __forceinline__ float high_of(uint32_t pair) {
 
 __device__ __forceinline__ void mma(Accumulator& sum, const OperandA& a, uint32_t b_upper,
                                     uint32_t b_lower) {
-#define RWKV_JIT_MMA(type)                                              \
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type \
-               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
-      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])                     \
-      : "r"(a.at[0]), "r"(a.at[1]), "r"(a.at[2]), "r"(a.at[3]), "r"(b_upper), "r"(b_lower))
   if constexpr (IS_FP16) {
-    RWKV_JIT_MMA("f16");
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(a.at[0]), "r"(a.at[1]), "r"(a.at[2]), "r"(a.at[3]), "r"(b_upper), "r"(b_lower));
   } else {
-    RWKV_JIT_MMA("bf16");
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(a.at[0]), "r"(a.at[1]), "r"(a.at[2]), "r"(a.at[3]), "r"(b_upper), "r"(b_lower));
   }
-#undef RWKV_JIT_MMA
 }
 
 // sum += a b, sum's columns in two tiles.

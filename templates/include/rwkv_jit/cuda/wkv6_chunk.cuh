@@ -19,7 +19,7 @@ struct Raw {
 struct Chunk {
   Element r[TOKENS][ROW];     // R~
   Element k[TOKENS][ROW];     // K^
-  float total[CHANNELS];   // P_L
+  float total[CHANNELS];      // P_L
   Element m[TOKENS][PADDED];  // M
 };
 

@@ -37,14 +37,14 @@ struct Chunk {
   Element r[TOKENS][ROW];      // R'
   Element k[TOKENS][ROW];      // K''
   Element b[TOKENS][ROW];      // B^
-  float total[CHANNELS];    // P_L
+  float total[CHANNELS];       // P_L
   Element qb[TOKENS][PADDED];  // A_qb
   union {
-    Element m[TOKENS][PADDED];       // M
+    Element m[TOKENS][PADDED];    // M
     float right[TOKENS][TOKENS];  // A_ak by columns
   };
   union {
-    float lower[TOKENS][20];          // A_ab by columns
+    float lower[TOKENS][20];             // A_ab by columns
     Element solved[2 * TOKENS][TOKENS];  // T and G, by columns
   };
 };
