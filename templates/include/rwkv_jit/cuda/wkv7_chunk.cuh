@@ -245,7 +245,6 @@ __device__ __forceinline__ void prepare(const Args& args, const Tokens& tokens, 
   }
   __syncwarp();
   add_parts<PARTS>(triangles, partials);
-  when_read();
   const auto triangle = [&triangles](Triangle which) -> Accumulator(&)[2] {
     return triangles[which % OWN];
   };
@@ -262,6 +261,7 @@ __device__ __forceinline__ void prepare(const Args& args, const Tokens& tokens, 
     store_tile<PADDED>(triangle(QB)[0], &chunk.qb[0][0]);
     store_tile<PADDED>(triangle(QB)[1], &chunk.qb[0][8]);
   }
+  when_read();
   sync_chunk<PARTS>();
   if (part == 0) solve(chunk);
   if constexpr (PARTS > 1) sync_chunk<PARTS>();
