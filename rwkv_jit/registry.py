@@ -220,7 +220,8 @@ def get_op(
         their memory and rounds what the gradients are made of once more.
     lower_bound: what you know log d to be at least, for every token; -0.61 for decays like those of
         "logit", which needs no saying. From -8 on tensor-core kernels are a few per cent faster,
-        and take a decay below e^-8 for that; otherwise it changes nothing. None, the default, is
+        and take a decay below e^-8 for that; float16 has such kernels from -0.61 on alone, and
+        takes a decay below e^-0.61 for that. Otherwise it changes nothing. None, the default, is
         right for every decay.
     build: on a cache miss at the first call: "auto" builds, "never" is an error, "always" builds
         even on a hit.
