@@ -115,11 +115,11 @@ __device__ __forceinline__ void add_crossing(const Accumulator (&rows)[2],
 }
 
 // Gradients of r, w, k and u for sixteen channels of chunk `at`, from `key` on.
-template <typename Channels>
+template <typename Given>
 __device__ __forceinline__ void channel_gradients(const Arguments& args, const Tokens& tokens,
                                                   int first, const Shared& shared, int at,
                                                   const Element (*v)[ROW], const Element (*dy)[ROW],
-                                                  int key, const Channels& channels,
+                                                  int key, const Given& channels,
                                                   TokenTotals& totals) {
   const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
   const auto& [raw_r, raw_k, own] = channels;
