@@ -172,7 +172,7 @@ def _sequences(ops: Sequence[str]) -> list[str]:
 
 def _is_serving(op: str) -> bool:
     try:
-        return "decode" in get_spec(op).entries
+        return get_spec(op).is_serving
     except ConfigError as error:
         raise typer.BadParameter(str(error)) from None
 

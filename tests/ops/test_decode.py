@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from comparing import DECODE_OPS, TOLERANCES, of_each_token, random_call, relative_rms
-from rwkv_jit import DecodeOp, get_op
+from rwkv_jit import ServingOp, get_op
 from rwkv_jit.decode_launch import launcher, registered
 from rwkv_jit.errors import ArgumentError, ConfigError
 from rwkv_jit.launch import TORCH_DTYPES
@@ -27,16 +27,16 @@ for_each_state = pytest.mark.parametrize("state_dtype", ["fp32", "bf16", "fp16"]
 Tokens = list[torch.Tensor]
 
 
-def op_for(name: str, device: str, dtype: str = "fp32", size: int = 32, **options: Any) -> DecodeOp:
+def op_for(name: str, device: str, dtype: str = "fp32", size: int = 32, **options: Any) -> ServingOp:
     if "state_dtype" in options:
         options["state_dtype"] = TORCH_DTYPES[options["state_dtype"]]
     op = get_op(name, head_size=size, dtype=TORCH_DTYPES[dtype], device=device, **options)
-    assert isinstance(op, DecodeOp)
+    assert isinstance(op, ServingOp)
     return op
 
 
 def draw(
-    op: DecodeOp, device: str, rows: int, length: int, heads: int, slots: int
+    op: ServingOp, device: str, rows: int, length: int, heads: int, slots: int
 ) -> tuple[Tokens, torch.Tensor]:
     """Tokens in the operator's dtype, and a pool of states."""
     size = op.config.head_size
@@ -62,7 +62,7 @@ def indices(values: list[int], device: str) -> torch.Tensor:
 
 
 def assert_right(
-    op: DecodeOp, tokens: Tokens, state: torch.Tensor, slots: torch.Tensor | None
+    op: ServingOp, tokens: Tokens, state: torch.Tensor, slots: torch.Tensor | None
 ) -> None:
     """y and the pool against the float64 recurrence."""
     y, pool = REFERENCES[op.config.op](
@@ -458,7 +458,7 @@ def test_the_reference_mode_advances_the_same_states(
     other, slots = state.clone(), indices([3, -1, 0], "cpu")
     monkeypatch.setattr("rwkv_jit.decode.current_settings", lambda: Settings(mode="reference"))
     monkeypatch.setattr("rwkv_jit.decode.launcher", lambda _slug: None)
-    slow = DecodeOp(op.config)
+    slow = ServingOp(op.config)
     for _ in range(2):
         assert relative_rms(slow(*tokens, other, slots), op(*tokens, state, slots)) < 1e-5
         assert relative_rms(other, state) < 1e-5
@@ -471,7 +471,7 @@ def test_a_kernel_is_described_once_it_is_loaded(name: str) -> None:
     op = op_for(name, "cpu")
     op.load()
     assert set(op.info()["kernels"]) == {"decode"}
-    assert repr(op) == f"<rwkv_jit.DecodeOp {op.config.slug}>"
+    assert repr(op) == f"<rwkv_jit.ServingOp {op.config.slug}>"
 
 
 @pytest.mark.gpu
