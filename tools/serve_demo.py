@@ -22,8 +22,10 @@ from rwkv7_model import HEAD_SIZE, RWKV7, Block
 from rwkv_jit import StatePool, get_op
 
 VOCABULARY = 256
-PIECE = 64  # tokens of a prompt that go into one step: always the same ones
-PROMPTS, DECODES = 3, 8  # requests of each kind in a step
+PIECE = 32  # tokens of a prompt that go into one step: always the same ones
+# Requests of each kind in a step. Rows and requests are multiples of 8: matrix products may take
+# rows that are left over another way than the others, and a request must not notice which it has.
+PROMPTS, DECODES = 8, 8
 
 
 @dataclass
@@ -151,7 +153,7 @@ class Server:
 
     def _dismiss(self, request: Request) -> None:
         slot = torch.tensor([request.slot], dtype=torch.int32)
-        request.states = [self.pool.snapshot(slot), self.shifts[:, :, request.slot].cpu()]
+        request.states = [self.pool.snapshot(slot), self.shifts[:, :, request.slot].clone()]
         self.pool.free(slot)
 
     def _step(self, active: list[Request]) -> None:
@@ -247,8 +249,8 @@ def main() -> None:
     )
     parser.add_argument("--requests", type=int, default=24, help="how many arrive")
     parser.add_argument("--slots", type=int, default=10, help="how many are served at a time")
-    parser.add_argument("--layers", type=int, default=3, help="layers of the model")
-    parser.add_argument("--width", type=int, default=256, help="channels, a multiple of 64")
+    parser.add_argument("--layers", type=int, default=2, help="layers of the model")
+    parser.add_argument("--width", type=int, default=128, help="channels, a multiple of 64")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and requests")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     arguments = parser.parse_args()
