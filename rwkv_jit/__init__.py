@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "ServingOp",
     "Op",
     "OpConfig",
+    "ServingOp",
     "StatePool",
     "freeze",
     "get_op",

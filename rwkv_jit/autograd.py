@@ -129,9 +129,7 @@ def _plan(name: str, slug: str, entry_name: str) -> _Plan:
     def made(tensor: TensorSpec) -> _Made:
         rule = tensor.dtype[0]
         like = rule.removeprefix("like:") if rule.startswith("like:") else None
-        return _Made(
-            tensor.name, tensor.shape, like or dtype_of(rule, config, {}), tensor.optional
-        )
+        return _Made(tensor.name, tensor.shape, like or dtype_of(rule, config, {}), tensor.optional)
 
     return _Plan(
         entry=entry,

@@ -70,9 +70,9 @@ class ServingOp:
         state: [slots, H, N, N] in the state dtype, contiguous and aligned to 16 bytes, axes (value,
             key) for "vk". Computed in float32 (float64 for float64) and rounded to its dtype after
             each token, or in prefill after the last.
-        cu_seqlens: [S + 1], int32 or int64, on the tensors' device: sequences packed into B = 1, the
-            s-th being tokens cu_seqlens[s] to cu_seqlens[s + 1]. An empty one leaves its state as
-            it is. The last bound may lie before T: y is 0 from there on.
+        cu_seqlens: [S + 1], int32 or int64, on the tensors' device: sequences packed into B = 1,
+            the s-th being tokens cu_seqlens[s] to cu_seqlens[s + 1]. An empty one leaves its state
+            as it is. The last bound may lie before T: y is 0 from there on.
         state_indices: [B or S], int32, on the tensors' device. The slot of each row or sequence, no
             slot twice; -1 skips one: its y is 0 and no state changes. The i-th has slot i if None.
 
@@ -80,8 +80,8 @@ class ServingOp:
 
         Raises ArgumentError for tensors that do not fit. On a CPU, and with RWKV_JIT_DEBUG=1 on a
         GPU, that includes the values of cu_seqlens and state_indices; else looking at them would
-        wait for the GPU: what has an index that is no slot is skipped, a slot that is there twice is
-        left undefined, and so is y where bounds do not rise.
+        wait for the GPU: what has an index that is no slot is skipped, a slot that is there twice
+        is left undefined, and so is everything where bounds do not rise.
         """
         if kwargs or len(args) != self._count:
             if len(args) == self._count - 1 and kwargs.keys() <= _INDICES:

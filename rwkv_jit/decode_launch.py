@@ -103,9 +103,7 @@ class Launcher:
     def _check_values(self, tensors: Sequence[Any]) -> None:
         name = self._spec.name
         if self._bounds_at is not None:
-            check_bounds(
-                name, tensors[self._bounds_at], tensors[0].shape[1], may_end_before=True
-            )
+            check_bounds(name, tensors[self._bounds_at], tensors[0].shape[1], may_end_before=True)
         check_slots(name, tensors[-1], tensors[self._state_at].shape[0])
 
 

@@ -33,11 +33,11 @@ __global__ void __launch_bounds__(THREADS) forward_kernel(const Arguments args) 
   for (int i = 0; i < ROWS; ++i)
 #pragma unroll
     for (int j = 0; j < LANE_COLUMNS; ++j)
-      state[i][j] =
-          before == nullptr
-              ? 0.0f
-              : load_at<StateElement>(before, work.state * N * N + state_index(first_row + tile.row(i),
-                                                                               tile.column(j)));
+      state[i][j] = before == nullptr
+                        ? 0.0f
+                        : load_at<StateElement>(
+                              before, work.state * N * N +
+                                          state_index(first_row + tile.row(i), tile.column(j)));
 
   float carry[WIDTH<STAGE>] = {};
   int64_t checkpoint = sequence.first_checkpoint;

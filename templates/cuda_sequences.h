@@ -22,8 +22,8 @@ __device__ __forceinline__ Work find_work(const Arguments& args, int64_t index,
   const int64_t s = args.order == nullptr ? at : static_cast<const int32_t*>(args.order)[at];
   const rwkv_jit::Sequence sequence = rwkv_jit::find_sequence(args, s, SPAN);
   const int64_t row = States::row(args, s);
-  const bool done = rwkv_jit::only_zeros(
-      args, s, sequence, row, [&](int64_t begin, int64_t end, int64_t step) {
+  const bool done =
+      rwkv_jit::only_zeros(args, s, sequence, row, [&](int64_t begin, int64_t end, int64_t step) {
         constexpr int PIECES = N * sizeof(Element) / sizeof(uint4);
         if (!sees_to_zeros) return;
         for (int64_t piece = threadIdx.x;; piece += THREADS) {

@@ -235,9 +235,7 @@ def same(one: Request, other: Request) -> bool:
     """Whether two runs of a request have the same bits."""
     return one.answer == other.answer and all(
         torch.equal(x, y)
-        for x, y in zip(
-            [*one.logits, *one.states], [*other.logits, *other.states], strict=True
-        )
+        for x, y in zip([*one.logits, *one.states], [*other.logits, *other.states], strict=True)
     )
 
 
@@ -266,10 +264,11 @@ def main() -> None:
     began = time.perf_counter()
     steps = server.serve(requests)
     seconds = time.perf_counter() - began
-    prompt, answered = (sum(map(len, x)) for x in zip(*((r.prompt, r.answer) for r in requests)))
+    prompts = sum(len(request.prompt) for request in requests)
+    answers = sum(len(request.answer) for request in requests)
     print(
-        f"{len(requests)} requests, {prompt} tokens of prompts and {answered} of answers in {steps} "
-        f"steps and {seconds:.2f} s ({(prompt + answered) / seconds:.0f} tokens/s) on {device}"
+        f"{len(requests)} requests, {prompts} tokens of prompts and {answers} of answers, in "
+        f"{steps} steps and {seconds:.2f} s on {device}"
     )
     steps = sum(server.serve([request]) for request in alone)
     equal = sum(map(same, requests, alone))

@@ -45,7 +45,8 @@ def relative_errors(
     """
     leaves = [x.detach().clone().requires_grad_(gradients) for x in tensors.values()]
     exact = [
-        x.detach().to("cpu", torch.float64 if x.is_floating_point() else None)
+        x.detach()
+        .to("cpu", torch.float64 if x.is_floating_point() else None)
         .requires_grad_(gradients)
         for x in leaves
     ]

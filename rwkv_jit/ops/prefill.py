@@ -15,7 +15,7 @@ from .wkv7 import WKV7
 
 _BOUNDS = replace(
     CU_SEQLENS,
-    meaning="where each packed sequence begins, and the end of the last; the y of what follows is 0",
+    meaning="where each packed sequence begins, and the end of the last; y is 0 behind it",
 )
 _SLOTS = replace(
     STATE_INDICES,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import pytest
 import torch
@@ -46,7 +45,13 @@ def forward_of(op: ServingOp, device: str) -> Op:
 
 
 def packed_call(
-    op: ServingOp, device: str, lengths: list[int], *, heads: int = 2, beyond: int = 0, more: int = 0
+    op: ServingOp,
+    device: str,
+    lengths: list[int],
+    *,
+    heads: int = 2,
+    beyond: int = 0,
+    more: int = 0,
 ) -> tuple[Tokens, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Tokens, a pool with `more` slots than sequences, bounds and slots in no order."""
     slots = len(lengths) + more
@@ -143,8 +148,11 @@ def test_a_sequence_does_not_depend_on_the_others_nor_on_their_number(
     heads = 8 if device == "cuda" else 2
     tokens, state, bounds, slots = packed_call(op, device, lengths, heads=heads)
     begin = sum(lengths[:7])
-    alone = state[slots[7].item()].clone()[None]
+    before = state.clone()
     together = op(*tokens, state, bounds, slots)
+    y, _ = forward_of(op, device)(*tokens, initial_state=before[slots.long()], cu_seqlens=bounds)
+    assert torch.equal(together, y)
+    alone = before[slots[7].item()][None]
     one = op(*(x[:, begin : begin + 77] if x.dim() == 4 else x for x in tokens), alone)
     assert torch.equal(one, together[:, begin : begin + 77])
     assert torch.equal(alone[0], state[slots[7].item()])
@@ -264,7 +272,7 @@ def test_tensors_that_do_not_fit_are_refused(device: str, name: str) -> None:
     op(*tokens, state, bounds, slots)
     with pytest.raises(ArgumentError, match="1 slots, but cu_seqlens has S=2; give every sequence"):
         op(*tokens, state[:1], bounds)
-    with pytest.raises(ArgumentError, match=r"state_indices has S=1 in \[S\], but cu_seqlens has S"):
+    with pytest.raises(ArgumentError, match=r"state_indices has S=1 in \[S\], but cu_seqlens"):
         op(*tokens, state, bounds, slots[:1])
     with pytest.raises(ArgumentError, match="state is advanced in place and must be contiguous"):
         op(*tokens, state.mT, bounds, slots)
@@ -315,9 +323,7 @@ def test_bad_values_are_refused_on_a_gpu_where_it_may_be_waited_for(
 
 @on_each_device
 @for_each_op
-def test_sixty_four_bit_bounds_strides_and_rectangles_give_the_same(
-    device: str, name: str
-) -> None:
+def test_sixty_four_bit_bounds_strides_and_rectangles_give_the_same(device: str, name: str) -> None:
     op = op_for(name, device, "bf16", 64)
     tokens, state, bounds, slots = packed_call(op, device, [21, 21, 21])
     pools = [state.clone() for _ in range(3)]
