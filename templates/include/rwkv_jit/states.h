@@ -35,8 +35,8 @@ struct States<Args, std::void_t<decltype(Args::state_indices)>> {
 };
 
 // Calls zero(begin, end, step) with the tokens whose y is 0 as far as they are sequence s's to see
-// to: its own where it has no slot, and its share of those behind the last sequence. Returns whether
-// that is all there is to do, as its state stays as it is.
+// to: its own where it has no slot, and its share of those behind the last sequence. Returns
+// whether that is all there is to do, as its state stays as it is.
 template <typename Args, typename Zero>
 RWKV_JIT_SHARED_CODE bool only_zeros(const Args& args, int64_t s, const Sequence& sequence,
                                      int64_t row, const Zero& zero) {

@@ -1,7 +1,7 @@
 #pragma once
 // An order of packed sequences in which the longest comes first, so that no long one begins when
-// the others are nearly done. Lengths count as equal within an eighth of an octave. The order is the
-// same from run to run, and changes no result.
+// the others are nearly done. Lengths count as equal within an eighth of an octave. The order is
+// the same from run to run, and changes no result.
 #include "rwkv_jit/layout.h"
 
 namespace rwkv_jit {
