@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .config import OpConfig as OpConfig
-    from .decode import DecodeOp as DecodeOp
+    from .decode import ServingOp as ServingOp
     from .pool import StatePool as StatePool
     from .registry import Op as Op
     from .registry import get_op as get_op
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "DecodeOp",
     "Op",
     "OpConfig",
+    "ServingOp",
     "StatePool",
     "freeze",
     "get_op",
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "DecodeOp": "decode",
+    "ServingOp": "decode",
     "Op": "registry",
     "OpConfig": "config",
     "StatePool": "pool",

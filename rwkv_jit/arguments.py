@@ -202,6 +202,22 @@ def check_slots(name: str, indices: torch.Tensor | None, slots: int) -> None:
             seen.add(slot)
 
 
+def check_bounds(
+    name: str, bounds: torch.Tensor | None, length: int, *, may_end_before: bool
+) -> None:
+    """Raise ArgumentError unless `bounds` rise from 0 to `length`, or to at most that. Waits for
+    the device."""
+    if bounds is None:
+        return
+    values = bounds.tolist()
+    end_is_right = values[-1] <= length if may_end_before else values[-1] == length
+    if values[0] != 0 or not end_is_right or values != sorted(values):
+        raise ArgumentError(
+            f"{name}: cu_seqlens={_shorten(values)} must rise from 0 to "
+            f"{'at most ' if may_end_before else ''}T={length}"
+        )
+
+
 def _check_bounds(spec: OpSpec, bounds: torch.Tensor, first: torch.Tensor | None) -> None:
     assert first is not None, "a required input"
     if bounds.dim() != 1 or bounds.shape[0] < 1:
@@ -214,13 +230,8 @@ def _check_bounds(spec: OpSpec, bounds: torch.Tensor, first: torch.Tensor | None
             f"B={first.shape[0]}; reshape the tensors to [1, B * T, H, N]"
         )
     # On a GPU the values are not looked at, which would wait for the device; kernels clamp them.
-    if bounds.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    values = bounds.tolist()
-    if values[0] != 0 or values[-1] != first.shape[1] or values != sorted(values):
-        raise ArgumentError(
-            f"{spec.name}: cu_seqlens={_shorten(values)} must rise from 0 to T={first.shape[1]}"
-        )
+    if bounds.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_bounds(spec.name, bounds, first.shape[1], may_end_before=spec.is_serving)
 
 
 def _shorten(values: list[int]) -> str:

@@ -85,12 +85,13 @@ def _register_sequence(spec: OpSpec, entry_name: str) -> Callable[..., Sequence[
 
 @dataclass(frozen=True, slots=True)
 class _Made:
-    """A tensor that a call makes: its name, letters of its shape, and its dtype, which for one
-    "like" another is that one's name."""
+    """A tensor that a call makes: its name, letters of its shape, its dtype, which for one "like"
+    another is that one's name, and whether it is made only at times."""
 
     name: str
     shape: tuple[str, ...]
     dtype: torch.dtype | str
+    optional: bool
 
     def empty(
         self,
@@ -128,7 +129,7 @@ def _plan(name: str, slug: str, entry_name: str) -> _Plan:
     def made(tensor: TensorSpec) -> _Made:
         rule = tensor.dtype[0]
         like = rule.removeprefix("like:") if rule.startswith("like:") else None
-        return _Made(tensor.name, tensor.shape, like or dtype_of(rule, config, {}))
+        return _Made(tensor.name, tensor.shape, like or dtype_of(rule, config, {}), tensor.optional)
 
     return _Plan(
         entry=entry,
@@ -174,8 +175,13 @@ def _run(spec: OpSpec, entry_name: str, arguments: Sequence[Any]) -> tuple[torch
     tensors = {name: launchable(tensor) for name, tensor in call.tensors.items()}
     for output, tensor in zip(call.plan.outputs, outputs, strict=True):
         tensors[output.name] = tensor if call.wanted.get(output.name, True) else None
+    packed = call.tensors.get("cu_seqlens") is not None
     for scratch in call.plan.scratch:
-        tensors[scratch.name] = scratch.empty(call.sizes, call.tensors, call.device)
+        tensors[scratch.name] = (
+            scratch.empty(call.sizes, call.tensors, call.device)
+            if packed or not scratch.optional
+            else None
+        )
     kernel.launch(tensors, call.sizes, call.device)
     return outputs
 

@@ -14,7 +14,7 @@ DECAYS = ("loglog", "logit", "log", "factor")
 STATE_LAYOUTS = ("vk", "kv")
 # The states that the forward keeps for the backward: in the dtype that is computed in, or rounded.
 CHECKPOINT_DTYPES = ("accumulator", "bf16")
-ENTRIES = ("forward", "backward", "decode")
+ENTRIES = ("forward", "backward", "decode", "prefill")
 MAX_HEAD_SIZE = 256
 DEFAULT_CHUNK_LENGTH = 16
 # What a bound on log d, declared by the caller, must be at least to make a difference to kernels.
@@ -22,7 +22,7 @@ _BOUNDED_FROM = {"fp16": -0.61}
 _BOUNDED_FROM_ELSE = -8.0
 
 _SLUG = re.compile(
-    r"(?P<op>[a-z][a-z0-9]*(?:_decode)?)_n(?P<head_size>\d+)_(?P<dtype>bf16|fp16|fp32|fp64)"
+    r"(?P<op>[a-z][a-z0-9]*(?:_decode|_prefill)?)_n(?P<head_size>\d+)_(?P<dtype>bf16|fp16|fp32|fp64)"
     r"_l(?P<chunk_length>\d+)_(?P<arch>sm\d+[af]?|x86_64_v\d|aarch64)"
     r"(?:_(?P<decay>logit|log|factor))?(?:_s(?P<state_dtype>bf16|fp16|fp32|fp64))?(?P<layout>_kv)?"
     r"(?:_c(?P<checkpoint_dtype>bf16))?(?P<bounded>_bounded)?",

@@ -17,7 +17,7 @@ import torch
 from .arch import is_cuda
 from .arguments import bind, cast_for_autocast, check_arguments, check_slots, widen
 from .config import OpConfig, default_state_dtype
-from .decode_launch import ENTRY, launcher, registered
+from .decode_launch import launcher, registered, sequences_of
 from .errors import ArgumentError
 from .launch import ALIGNMENT, TORCH_DTYPES, announce_reference
 from .loader import KERNELS
@@ -34,7 +34,7 @@ _INDICES = frozenset({"state_indices"})
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
-class DecodeOp:
+class ServingOp:
     """A serving operator of one configuration. Call it with tensors; get one from `get_op`.
 
     config: the configuration.
@@ -56,25 +56,32 @@ class DecodeOp:
         self._last: _Known | None = None
 
     def __repr__(self) -> str:
-        return f"<rwkv_jit.DecodeOp {self._slug}>"
+        return f"<rwkv_jit.ServingOp {self._slug}>"
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run the operator on a pool of states, which it advances in place:
 
             y = wkv7_decode(r, w, k, v, a, b, state, state_indices=None)
-            y = wkv6_decode(r, w, k, v, u, state, state_indices=None)    and wkv5_decode likewise
+            y = wkv7_prefill(r, w, k, v, a, b, state, cu_seqlens=None, state_indices=None)
+            y = wkv6_decode(r, w, k, v, u, state, ...)    and the other wkv6 and wkv5 likewise
 
-        r, ...: as for the operator without "_decode"; made for T from 1 to 8, but any will do.
+        r, ...: as for the operator without "_decode", which is made for T from 1 to 8, though any
+            will do, or "_prefill", which is made for more.
         state: [slots, H, N, N] in the state dtype, contiguous and aligned to 16 bytes, axes (value,
-            key) for "vk". Computed in float32 (float64 for float64) and rounded after each token.
-        state_indices: [B], int32, on the tensors' device. The slot of each row, no slot twice; -1
-            skips a row: its y is 0 and no state changes. Row i has slot i if None.
+            key) for "vk". Computed in float32 (float64 for float64) and rounded to its dtype after
+            each token, or in prefill after the last.
+        cu_seqlens: [S + 1], int32 or int64, on the tensors' device: sequences packed into B = 1,
+            the s-th being tokens cu_seqlens[s] to cu_seqlens[s + 1]. An empty one leaves its state
+            as it is. The last bound may lie before T: y is 0 from there on.
+        state_indices: [B or S], int32, on the tensors' device. The slot of each row or sequence, no
+            slot twice; -1 skips one: its y is 0 and no state changes. The i-th has slot i if None.
 
         Returns y [B, T, H, N] in the operator's dtype. There are no gradients.
 
         Raises ArgumentError for tensors that do not fit. On a CPU, and with RWKV_JIT_DEBUG=1 on a
-        GPU, that includes the values of state_indices; else looking at them would wait for the GPU:
-        a row whose index is no slot is skipped, and a slot that is there twice is left undefined.
+        GPU, that includes the values of cu_seqlens and state_indices; else looking at them would
+        wait for the GPU: what has an index that is no slot is skipped, a slot that is there twice
+        is left undefined, and so is everything where bounds do not rise.
         """
         if kwargs or len(args) != self._count:
             if len(args) == self._count - 1 and kwargs.keys() <= _INDICES:
@@ -89,7 +96,7 @@ class DecodeOp:
 
     def load(self) -> None:
         """Find or build the kernel now, rather than at the first call."""
-        KERNELS.get(self._slug, ENTRY)
+        KERNELS.get(self._slug, self._launcher.entry)
 
     def info(self) -> dict[str, Any]:
         """What this operator is, and for its kernel, if it is loaded, where the binary lies, what
@@ -99,7 +106,7 @@ class DecodeOp:
             "summary": self._spec.summary,
             "formula": self._spec.formula,
             "mode": current_settings().mode,
-            "kernels": KERNELS.describe(self._slug, (ENTRY,)),
+            "kernels": KERNELS.describe(self._slug, tuple(self._spec.entries)),
         }
 
     def _positional(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
@@ -132,9 +139,7 @@ class DecodeOp:
             return None
         if indices is None:
             pointers.append(0)
-        return self._launcher.run(
-            tensors[0], tensors[self._state_at], indices, pointers, known.numbers
-        )
+        return self._launcher.run(tensors, pointers, known.numbers)
 
     def _run(self, args: Sequence[Any]) -> torch.Tensor:
         """A call of any kind: checked, converted, and through the registered op."""
@@ -152,23 +157,25 @@ class DecodeOp:
 
     def _check(self, values: dict[str, Any]) -> None:
         check_arguments(self._spec, self.config, values)
-        rows, slots = values[self._inputs[0]].shape[0], values["state"].shape[0]
-        if values["state_indices"] is None and rows > slots:
+        bounds, slots = values.get("cu_seqlens"), values["state"].shape[0]
+        count = sequences_of(values[self._inputs[0]], bounds)
+        if values["state_indices"] is None and count > slots:
+            has = f"the batch has B={count}" if bounds is None else f"cu_seqlens has S={count}"
             raise ArgumentError(
-                f"{self._spec.name}: state has {slots} slots, but the batch has B={rows}; give "
-                "every row a slot, or pass state_indices"
+                f"{self._spec.name}: state has {slots} slots, but {has}; give every "
+                f"{'row' if bounds is None else 'sequence'} a slot, or pass state_indices"
             )
         if not torch.is_grad_enabled():
             return
         for name, tensor in values.items():
             if tensor is not None and tensor.requires_grad:
                 raise ArgumentError(
-                    f"{self._spec.name}: {name} requires grad, but decoding has no gradients; call "
-                    f"it under torch.no_grad(), or use {self._spec.name.removesuffix('_decode')}"
+                    f"{self._spec.name}: {name} requires grad, but serving has no gradients; call "
+                    f"it under torch.no_grad(), or use {self._spec.name.partition('_')[0]}"
                 )
 
     def _remember(self, tensors: Sequence[Any]) -> None:
-        given = [tensor for tensor in tensors if tensor is not None]
+        given = tensors[:-1] if tensors[-1] is None else tensors
         if not _PLAIN.issuperset(map(type, given)):
             return
         if len(self._known) >= _MOST_SIGNATURES:
@@ -194,7 +201,8 @@ class DecodeOp:
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """What the tensors of a call are like, those that are there, and the numbers of its block."""
+    """What the tensors of a call are like, of which the last may be missing, and the numbers of its
+    block."""
 
     likenesses: tuple[Any, ...]
     numbers: tuple[int, ...]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .arch import is_cuda
-from .arguments import check_slots
+from .arguments import check_bounds, check_slots
 from .autograd import register
 from .config import OpConfig
 from .errors import ArgumentError
@@ -17,8 +17,6 @@ from .launch import ALIGNMENT, Kernel, current_stream, dtype_code, launchable
 from .loader import KERNELS
 from .ops import get_spec
 from .settings import current_settings
-
-ENTRY = "decode"
 
 
 class Launcher:
@@ -28,10 +26,15 @@ class Launcher:
         self._slug = slug
         config = OpConfig.parse(slug)
         self._spec = get_spec(config.op)
-        entry = self._spec.called
-        assert entry.sizes == ("B", "T", "H", "P"), "the order of the argument block"
+        self.entry, entry = next(iter(self._spec.entries.items()))
+        self._sizes = entry.sizes
         inputs = [tensor.name for tensor in entry.inputs]
-        self._state_at, self._indices_at = inputs.index("state"), inputs.index("state_indices")
+        assert inputs[-1] == "state_indices"
+        self._state_at = inputs.index("state")
+        self._bounds_at = inputs.index("cu_seqlens") if "cu_seqlens" in inputs else None
+        scratch = self._spec.variant(config, self.entry).scratch
+        assert [tensor.name for tensor in scratch] in ([], ["order"])
+        self._has_order = bool(scratch)
         self._typed = tuple(at for at, t in enumerate(entry.inputs) if t.has_dtype_field)
         self._debug = current_settings().debug
         self._on_gpu = is_cuda(config.arch)
@@ -39,31 +42,39 @@ class Launcher:
 
     def numbers(self, tensors: Sequence[Any]) -> tuple[int, ...]:
         """The members of the argument block between the pointers and the stream."""
+        batch, length, heads = tensors[0].shape[:3]
+        sizes = {
+            "B": batch,
+            "S": sequences_of(tensors[0], self._bounds(tensors)),
+            "T": length,
+            "H": heads,
+            "P": tensors[self._state_at].shape[0],
+        }
+        types = (tensors[at] for at in self._typed)
         return (
-            *(dtype_code(tensors[at].dtype) for at in self._typed),
-            *tensors[0].shape[:3],
-            tensors[self._state_at].shape[0],
+            *(0 if tensor is None else dtype_code(tensor.dtype) for tensor in types),
+            *(sizes[letter] for letter in self._sizes),
         )
 
     def run(
-        self,
-        first: torch.Tensor,
-        state: torch.Tensor,
-        indices: torch.Tensor | None,
-        pointers: Sequence[int],
-        numbers: Sequence[int],
+        self, tensors: Sequence[Any], pointers: list[int], numbers: Sequence[int]
     ) -> torch.Tensor:
-        """Launch on tensors that are as they have to be, at `pointers`."""
+        """Launch on tensors that are as they have to be, at `pointers`, which it adds to."""
         if not self._on_gpu or (self._debug and not torch.cuda.is_current_stream_capturing()):
-            check_slots(self._spec.name, indices, state.shape[0])
+            self._check_values(tensors)
         kernel = self._kernel
         if kernel is None:
-            kernel = self._kernel = KERNELS.get(self._slug, ENTRY)
+            kernel = self._kernel = KERNELS.get(self._slug, self.entry)
+        first = tensors[0]
         gpu, y = first.get_device(), torch.empty_like(first)
+        pointers.append(y.data_ptr())
+        if self._has_order:
+            order = self._order(tensors)
+            pointers.append(0 if order is None else order.data_ptr())
         stream, threads = current_stream(gpu), torch.get_num_threads()
-        kernel.call((*pointers, y.data_ptr(), *numbers, stream, threads), gpu)
+        kernel.call((*pointers, *numbers, stream, threads), gpu)
         # So that autograd sees that what it may have saved is no more.
-        torch.autograd.graph.increment_version(state)
+        torch.autograd.graph.increment_version(tensors[self._state_at])
         return y
 
     def run_any(self, tensors: Sequence[Any]) -> torch.Tensor:
@@ -77,7 +88,28 @@ class Launcher:
                 "layer in a tensor of its own"
             )
         pointers = [0 if tensor is None else tensor.data_ptr() for tensor in made]
-        return self.run(made[0], state, made[self._indices_at], pointers, self.numbers(made))
+        return self.run(made, pointers, self.numbers(made))
+
+    def _bounds(self, tensors: Sequence[Any]) -> torch.Tensor | None:
+        return None if self._bounds_at is None else tensors[self._bounds_at]
+
+    def _order(self, tensors: Sequence[Any]) -> torch.Tensor | None:
+        """Room for the order of packed sequences."""
+        bounds = self._bounds(tensors)
+        if bounds is None:
+            return None
+        return torch.empty(bounds.shape[0] - 1, dtype=torch.int32, device=bounds.device)
+
+    def _check_values(self, tensors: Sequence[Any]) -> None:
+        name = self._spec.name
+        if self._bounds_at is not None:
+            check_bounds(name, tensors[self._bounds_at], tensors[0].shape[1], may_end_before=True)
+        check_slots(name, tensors[-1], tensors[self._state_at].shape[0])
+
+
+def sequences_of(first: torch.Tensor, bounds: torch.Tensor | None) -> int:
+    """How many sequences a call has: rows of a batch, or what is packed into one."""
+    return first.shape[0] if bounds is None else bounds.shape[0] - 1
 
 
 @functools.cache
@@ -98,4 +130,5 @@ def registered(name: str) -> Callable[..., torch.Tensor]:
         first: torch.Tensor = call[0]
         return first.new_empty(first.shape)
 
-    return register(get_spec(name), ENTRY, run, fake)
+    spec = get_spec(name)
+    return register(spec, next(iter(spec.entries)), run, fake)

@@ -11,7 +11,7 @@ from .arch import cuda_arch_of_capability, host_cpu_arch, is_cuda, parse_arch
 from .arguments import bind, cast_for_autocast, check_arguments, dtype_of, widen
 from .autograd import torch_ops
 from .config import DEFAULT_CHUNK_LENGTH, OpConfig, default_state_dtype, is_bounded
-from .decode import DecodeOp
+from .decode import ServingOp
 from .errors import ConfigError
 from .launch import TORCH_DTYPES, announce_reference, dtype_name
 from .loader import KERNELS
@@ -155,7 +155,14 @@ class Op:
 
 @overload
 def get_op(  # type: ignore[overload-overlap]
-    name: Literal["wkv5_decode", "wkv6_decode", "wkv7_decode"],
+    name: Literal[
+        "wkv5_decode",
+        "wkv6_decode",
+        "wkv7_decode",
+        "wkv5_prefill",
+        "wkv6_prefill",
+        "wkv7_prefill",
+    ],
     *,
     head_size: int,
     dtype: torch.dtype,
@@ -166,7 +173,7 @@ def get_op(  # type: ignore[overload-overlap]
     state_layout: str = "vk",
     lower_bound: float | None = None,
     build: str = "auto",
-) -> DecodeOp: ...
+) -> ServingOp: ...
 
 
 @overload
@@ -201,10 +208,11 @@ def get_op(
     checkpoint_dtype: torch.dtype | None = None,
     lower_bound: float | None = None,
     build: str = "auto",
-) -> Op | DecodeOp:
+) -> Op | ServingOp:
     """The operator of one configuration. The same configuration is the same object.
 
-    name: one of `list_ops()`; "wkv7_decode" and the like, for serving, are a DecodeOp.
+    name: one of `list_ops()`; "wkv7_decode", "wkv7_prefill" and the like are for
+        serving, and a ServingOp.
     head_size: N. On a CPU a multiple of 8 up to 256; on a GPU 16, 32, 64, 128 or 256.
     dtype: of the tokens' vectors and y: bfloat16, float16 or float32, on a CPU float64 too.
     chunk_length: L, tokens that a kernel takes together, or that lie between the states kept for
@@ -256,7 +264,7 @@ def _get_op(
     lower_bound: float | None,
     build: str,
     current_gpu: int | None,
-) -> Op | DecodeOp:
+) -> Op | ServingOp:
     if build not in BUILD_POLICIES:
         raise ConfigError(
             f"{name}: build={build!r} is not known; choose from {', '.join(BUILD_POLICIES)}"
@@ -284,8 +292,8 @@ def _get_op(
 
 
 @functools.cache
-def _op(config: OpConfig) -> Op | DecodeOp:
-    return DecodeOp(config) if "decode" in get_spec(config.op).entries else Op(config)
+def _op(config: OpConfig) -> Op | ServingOp:
+    return ServingOp(config) if get_spec(config.op).is_serving else Op(config)
 
 
 @functools.cache

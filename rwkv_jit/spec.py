@@ -66,7 +66,8 @@ class KernelVariant:
 
     min_arch: smallest compute capability (major * 10 + minor), or 0 for a CPU template.
     constants: further values of the template's prelude, by name, worked out from the configuration.
-    scratch: tensors that the launcher needs and nobody sees.
+    scratch: tensors that the launcher needs and nobody sees; an optional one only where sequences
+        are packed.
     shared_bytes: shared memory of a block; architectures whose blocks have less are not served.
     checkpoint_tokens: tokens between two state checkpoints; 0 is the chunk length. The forward and
         backward variants of a configuration have the same.
@@ -118,8 +119,13 @@ class OpSpec:
 
     @property
     def called(self) -> EntrySpec:
-        """The entry that is called: "forward" or "decode"."""
+        """The entry that is called: "forward", "decode" or "prefill"."""
         return next(iter(self.entries.values()))
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether it is for serving: on a pool of states, in place, without gradients."""
+        return any(tensor.mutated for tensor in self.called.inputs)
 
     def variant(self, config: OpConfig, entry: str) -> KernelVariant:
         """The kernel that serves `config`. Raises ConfigError with what could be chosen instead."""

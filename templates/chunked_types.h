@@ -1,3 +1,5 @@
+#include "rwkv_jit/states.h"
+
 namespace {
 
 using rwkv_jit::Accumulator;
@@ -80,8 +82,8 @@ __device__ __forceinline__ Tokens tokens_of(const Arguments& args,
 using CheckpointPart = std::conditional_t<{{rounded_checkpoints}}, uint2, float4>;
 constexpr int CHECKPOINT_BYTES = N * N / 4 * static_cast<int>(sizeof(CheckpointPart));
 // This lane's part of one, the first tile's; others follow 32 apart.
-__device__ __forceinline__ CheckpointPart* checkpoint_place(const Arguments& args, int64_t index) {
-  char* checkpoint = static_cast<char*>(args.checkpoints) + index * CHECKPOINT_BYTES;
+__device__ __forceinline__ CheckpointPart* checkpoint_place(void* checkpoints, int64_t index) {
+  char* checkpoint = static_cast<char*>(checkpoints) + index * CHECKPOINT_BYTES;
   return reinterpret_cast<CheckpointPart*>(checkpoint) +
          (own_value() / 16 * STEPS + own_key() / 16) * 2 * 32 + threadIdx.x % 32;
 }
@@ -90,15 +92,16 @@ __device__ __forceinline__ CheckpointPart* checkpoint_place(const Arguments& arg
 template <typename Args>
 __device__ __forceinline__ void store_checkpoint(const Args& args, int64_t index,
                                                  const State& state) {
-  if (args.checkpoints == nullptr) return;
-  CheckpointPart* to = checkpoint_place(args, index);
+  void* const checkpoints = rwkv_jit::States<Args>::checkpoints(args);
+  if (checkpoints == nullptr) return;
+  CheckpointPart* to = checkpoint_place(checkpoints, index);
 #pragma unroll
   for (int tile = 0; tile < 2 * KEY_STEPS; ++tile)
     rwkv_jit::put(state[tile / 2][tile % 2], to[tile * 32]);
 }
 template <typename Args>
 __device__ __forceinline__ void load_checkpoint(const Args& args, int64_t index, State& state) {
-  const CheckpointPart* from = checkpoint_place(args, index);
+  const CheckpointPart* from = checkpoint_place(args.checkpoints, index);
 #pragma unroll
   for (int tile = 0; tile < 2 * KEY_STEPS; ++tile)
     rwkv_jit::get(from[tile * 32], state[tile / 2][tile % 2]);

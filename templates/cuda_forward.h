@@ -1,3 +1,4 @@
+//% include "cuda_sequences.h"
 // The forward kernel of a recurrence: one block per sequence, head and group of rows. Rows of S
 // need nothing of each other. They stay in registers; a stage of tokens is read, converted and
 // gated once by the block and then shared. The operator's template has the vectors of a token,
@@ -5,34 +6,38 @@
 namespace {
 
 static_assert(L % STAGE == 0, "a checkpoint falls on the first token of a stage");
+constexpr int AT_ONCE = 512 / THREADS;  // blocks that share a multiprocessor, at least
 
 __device__ __forceinline__ void store_checkpoint(const Arguments& args, const Tile& tile,
                                                  int64_t head, int64_t place, int first_row,
                                                  const float (&state)[ROWS][LANE_COLUMNS]) {
-  if (args.checkpoints == nullptr) return;
-  float* to = static_cast<float*>(args.checkpoints) + (place * args.H + head) * N * N;
+  void* const checkpoints = States::checkpoints(args);
+  if (checkpoints == nullptr) return;
+  float* to = static_cast<float*>(checkpoints) + (place * args.H + head) * N * N;
   tile.write_copy(state, to + first_row * N);
 }
 
 __global__ void __launch_bounds__(THREADS) forward_kernel(const Arguments args) {
   __shared__ __align__(16) float tokens[STAGE][VECTORS][N];
   const Tile tile;
-  const int64_t head_index = blockIdx.x / GROUPS;  // s * H + head
-  const int64_t head = head_index % args.H;
-  const int first_row = first_row_of(static_cast<int>(blockIdx.x % GROUPS));
-  const Sequence sequence = find_sequence(args, head_index / args.H, L);
+  const int group = static_cast<int>(blockIdx.x % GROUPS), first_row = first_row_of(group);
+  const Work work = find_work<L, THREADS>(args, blockIdx.x / GROUPS, group == 0);
+  if (work.done) return;
+  const Sequence sequence = work.sequence;
+  const int64_t head = work.head;
+  const void* const before = States::before(args);
+  void* const after = States::after(args);
 
   float state[ROWS][LANE_COLUMNS];
 #pragma unroll
   for (int i = 0; i < ROWS; ++i)
 #pragma unroll
     for (int j = 0; j < LANE_COLUMNS; ++j)
-      state[i][j] =
-          args.initial_state == nullptr
-              ? 0.0f
-              : load_at<StateElement>(
-                    args.initial_state,
-                    head_index * N * N + state_index(first_row + tile.row(i), tile.column(j)));
+      state[i][j] = before == nullptr
+                        ? 0.0f
+                        : load_at<StateElement>(
+                              before, work.state * N * N +
+                                          state_index(first_row + tile.row(i), tile.column(j)));
 
   float carry[WIDTH<STAGE>] = {};
   int64_t checkpoint = sequence.first_checkpoint;
@@ -65,22 +70,23 @@ __global__ void __launch_bounds__(THREADS) forward_kernel(const Arguments args) 
   if (checkpoint < sequence.first_checkpoint + sequence.checkpoints)
     store_checkpoint(args, tile, head, checkpoint, first_row, state);
 
-  if (args.final_state == nullptr) return;
+  if (after == nullptr) return;
 #pragma unroll
   for (int i = 0; i < ROWS; ++i)
 #pragma unroll
     for (int j = 0; j < LANE_COLUMNS; ++j)
       store_at<StateElement>(
-          args.final_state,
-          head_index * N * N + state_index(first_row + tile.row(i), tile.column(j)), state[i][j]);
+          after, work.state * N * N + state_index(first_row + tile.row(i), tile.column(j)),
+          state[i][j]);
 }
 
 }  // namespace
 
 RWKV_JIT_EXPORT int rwkv_jit_launch(const Arguments* args) {
   const int64_t blocks = args->S * args->H * GROUPS;
+  const Arguments own = begin_forward(*args, blocks, AT_ONCE);
   if (blocks == 0) return cudaSuccess;
   const auto stream = static_cast<cudaStream_t>(args->stream);
-  forward_kernel<<<static_cast<unsigned>(blocks), THREADS, 0, stream>>>(*args);
+  forward_kernel<<<static_cast<unsigned>(blocks), THREADS, 0, stream>>>(own);
   return cudaGetLastError();
 }

@@ -13,6 +13,7 @@
 #include "rwkv_jit/cuda/wkv6_chunk.cuh"
 //% include "chunked_types.h"
 //% include "wkv6_chunked_state.h"
+//% include "cuda_sequences.h"
 
 namespace {
 
@@ -50,15 +51,14 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) forward_kernel(const Argument
   Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
   const int own = threadIdx.x / 32 / PARTS;  // the chunk that this warp prepares
   const int thread = threadIdx.x % (PARTS * 32);
-  const int64_t head_index = blockIdx.x;  // s * H + head
-  const int64_t head = head_index % args.H;
-  const Sequence sequence = find_sequence(args, head_index / args.H, SPAN);
-  const Tokens tokens = tokens_of(args, sequence, head);
-  int64_t checkpoint = sequence.first_checkpoint * args.H + head;
+  const Work work = find_work<SPAN, THREADS>(args, blockIdx.x);
+  if (work.done) return;
+  const Tokens tokens = tokens_of(args, work.sequence, work.head);
+  int64_t checkpoint = work.sequence.first_checkpoint * args.H + work.head;
 
-  make_tables<DECAY, THREADS>(args, head, shared);
+  make_tables<DECAY, THREADS>(args, work.head, shared);
   State state;
-  load_state(args.initial_state, head_index, state);
+  load_state(States::before(args), work.state, state);
   fetch<PARTS * 32>(args, tokens, own * TOKENS, thread, shared.raw[own]);
   for (int first = 0; first < tokens.count; first += SPAN) {
     const int own_first = first + own * TOKENS;
@@ -86,13 +86,13 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) forward_kernel(const Argument
   }
   copies_done();
   // A place that no span needs is written all the same, so that no output is left undefined.
-  if ((tokens.count + SPAN - 1) / SPAN < sequence.checkpoints)
+  if ((tokens.count + SPAN - 1) / SPAN < work.sequence.checkpoints)
     store_checkpoint(args, checkpoint, state);
-  store_state(state, args.final_state, head_index);
+  store_state(state, States::after(args), work.state);
 }
 
 }  // namespace
 
 RWKV_JIT_EXPORT int rwkv_jit_launch(const Arguments* args) {
-  return launch<Shared>(forward_kernel, *args);
+  return launch<Shared>(forward_kernel, begin_forward(*args, args->S * args->H, BLOCKS));
 }

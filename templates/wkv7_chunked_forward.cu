@@ -12,6 +12,7 @@
 #include "rwkv_jit/cuda/wkv7_chunk.cuh"
 //% include "chunked_types.h"
 //% include "wkv7_chunked_state.h"
+//% include "cuda_sequences.h"
 
 namespace {
 
@@ -82,11 +83,10 @@ __device__ __forceinline__ void scan_chunk(const Arguments& args, const Tokens& 
 
 // Takes this warp's rows of the state through all chunks.
 __device__ __forceinline__ void scan_chunks(const Arguments& args, const Tokens& tokens,
-                                            const Sequence& sequence, int64_t head_index,
-                                            const Shared& shared) {
-  int64_t checkpoint = sequence.first_checkpoint * args.H + head_index % args.H;
+                                            const Work& work, const Shared& shared) {
+  int64_t checkpoint = work.sequence.first_checkpoint * args.H + work.head;
   State state;
-  load_state(args.initial_state, head_index, state);
+  load_state(States::before(args), work.state, state);
   int slot = 0;
   for (int first = 0; first < tokens.count; first += TOKENS) {
     if (first % SPAN == 0) {
@@ -99,26 +99,26 @@ __device__ __forceinline__ void scan_chunks(const Arguments& args, const Tokens&
     slot = slot + 1 == SLOTS ? 0 : slot + 1;
   }
   // A place that no span needs is written all the same, so that no output is left undefined.
-  if ((tokens.count + SPAN - 1) / SPAN < sequence.checkpoints)
+  if ((tokens.count + SPAN - 1) / SPAN < work.sequence.checkpoints)
     store_checkpoint(args, checkpoint, state);
-  store_state(state, args.final_state, head_index);
+  store_state(state, States::after(args), work.state);
 }
 
 __global__ void __launch_bounds__(THREADS, BLOCKS) forward_kernel(const Arguments args) {
   extern __shared__ __align__(16) char shared_bytes[];
   Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
-  const int64_t head_index = blockIdx.x;  // s * H + head
-  const Sequence sequence = find_sequence(args, head_index / args.H, SPAN);
-  const Tokens tokens = tokens_of(args, sequence, head_index % args.H);
+  const Work work = find_work<SPAN, THREADS>(args, blockIdx.x);
+  if (work.done) return;
+  const Tokens tokens = tokens_of(args, work.sequence, work.head);
   if (threadIdx.x < PREPARING * 32) {
     prepare_chunks(args, tokens, shared);
   } else {
-    scan_chunks(args, tokens, sequence, head_index, shared);
+    scan_chunks(args, tokens, work, shared);
   }
 }
 
 }  // namespace
 
 RWKV_JIT_EXPORT int rwkv_jit_launch(const Arguments* args) {
-  return launch<Shared>(forward_kernel, *args);
+  return launch<Shared>(forward_kernel, begin_forward(*args, args->S * args->H, BLOCKS));
 }

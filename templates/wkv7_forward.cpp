@@ -92,5 +92,5 @@ void advance_rows(const Arguments& args, int64_t next, Workspace& work, int firs
 //% include "cpu_forward.h"
 
 RWKV_JIT_EXPORT int rwkv_jit_launch(const Arguments* args) {
-  return run_heads<Workspace>(*args, N * N * 6, run_forward);
+  return run_forwards(*args, N * N * 6);
 }

@@ -114,7 +114,7 @@ TARGETS = [
     *(("sm90a", size, "fp32") for size in (64, 128)),
     *((arch, 64, "fp32") for arch in ("sm80", "sm120")),
 ]
-# wkv5 has the templates of wkv6, but for the decays on tensor cores.
+# wkv5 has the templates of wkv6, but for the decays on tensor cores, and prefill those of forwards.
 FEWER_TARGETS = [*((arch, 64, "bf16") for arch in CUDA_ARCHES), ("sm80", 256, "fp16")]
 
 
@@ -123,7 +123,9 @@ FEWER_TARGETS = [*((arch, 64, "bf16") for arch in CUDA_ARCHES), ("sm80", 256, "f
     [
         (op, entry, *row)
         for op, spec in SPECS.items()
-        for row in (FEWER_TARGETS if op.startswith("wkv5") else TARGETS)
+        for row in (
+            FEWER_TARGETS if op.startswith("wkv5") or "prefill" in spec.entries else TARGETS
+        )
         for entry in spec.entries
     ],
 )

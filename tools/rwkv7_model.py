@@ -33,6 +33,21 @@ class LayerState(NamedTuple):
 State = list[LayerState]
 
 
+class Projected(NamedTuple):
+    """What the recurrence takes of each token, and what its result is finished with (g).
+
+    Each [B, T, H, N], but g, which is [B, T, C].
+    """
+
+    r: Tensor
+    w: Tensor
+    k: Tensor
+    v: Tensor
+    a: Tensor
+    b: Tensor
+    g: Tensor
+
+
 class TimeMix(nn.Module):
     """RWKV-7's attention: a state per head, decayed and corrected by one rank-1 update a token."""
 
@@ -82,9 +97,20 @@ class TimeMix(nn.Module):
         x: [B, T, C]. v_first: [B, T, C], values of the first layer; None in the first layer.
         shift: [B, C], the input before x. wkv: [B, H, N, N]; zeros if None.
         """
-        B, T, C = x.shape
-        heads = (B, T, self.heads, HEAD_SIZE)
-        dx = _shifted(x, shift) - x
+        projected, v_first = self.project(x, _shifted(x, shift), v_first)
+        op = get_op("wkv7", head_size=HEAD_SIZE, dtype=x.dtype, device=x.device)
+        y, wkv = op(*projected[:6], initial_state=wkv, output_final_state=True)
+        return self.finish(y, projected), v_first, wkv
+
+    def project(
+        self, x: Tensor, before: Tensor, v_first: Tensor | None
+    ) -> tuple[Projected, Tensor]:
+        """What goes into the recurrence, and v_first.
+
+        x, before: [B, T, C], tokens and the one before each.
+        """
+        heads = (*x.shape[:2], self.heads, HEAD_SIZE)
+        dx = before - x
         xr, xw, xk, xv, xa, xg = (
             x + dx * mix for mix in (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
         )
@@ -101,12 +127,16 @@ class TimeMix(nn.Module):
         kk = F.normalize((k * self.k_k).view(heads), dim=-1)
         k = k * (1 + (a - 1) * self.k_a)
         r, w, k, v, a = (tensor.view(heads) for tensor in (r, w, k, v, a))
-        op = get_op("wkv7", head_size=HEAD_SIZE, dtype=r.dtype, device=r.device)
-        y, wkv = op(r, w, k, v, -kk, kk * a, initial_state=wkv, output_final_state=True)
+        return Projected(r, w, k, v, -kk, kk * a, g), v_first
 
-        y = self.ln_x(y.reshape(B * T, C)).view(heads)
+    def finish(self, y: Tensor, projected: Projected) -> Tensor:
+        """The output [B, T, C], from that of the recurrence, [B, T, H, N]."""
+        r, _, k, v, _, _, g = projected
+        B, T, C = g.shape
+        y = self.ln_x(y.reshape(B * T, C)).view_as(r)
         y = y + (r * k * self.r_k).sum(-1, keepdim=True) * v
-        return self.output(y.view(B, T, C) * g), v_first, wkv
+        out: Tensor = self.output(y.view(B, T, C) * g)
+        return out
 
 
 class ChannelMix(nn.Module):
@@ -119,9 +149,9 @@ class ChannelMix(nn.Module):
         self.key = _linear(width, 4 * width, 0.5)
         self.value = _linear(4 * width, width, 0.0)
 
-    def forward(self, x: Tensor, shift: Tensor) -> Tensor:
-        """x: [B, T, C]. shift: [B, C], the input before x."""
-        k = self.key(x + (_shifted(x, shift) - x) * self.x_k)
+    def forward(self, x: Tensor, before: Tensor) -> Tensor:
+        """x, before: [B, T, C], tokens and the one before each."""
+        k = self.key(x + (before - x) * self.x_k)
         out: Tensor = self.value(torch.relu(k) ** 2)
         return out
 
@@ -147,7 +177,7 @@ class Block(nn.Module):
         y, v_first, wkv = self.att(x_att, v_first, att_shift, wkv)
         x = x + y
         x_ffn = self.ln2(x)
-        x = x + self.ffn(x_ffn, ffn_shift)
+        x = x + self.ffn(x_ffn, _shifted(x_ffn, ffn_shift))
         return x, v_first, LayerState(x_att[:, -1], wkv, x_ffn[:, -1])
 
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, replace
 
+# By the entry that is called.
 _SHAPES = {
-    "cuda": ("8,4096,64,64", "8,4096,32,128", "1,8192,32,64", "4,1024,16,64"),
-    "cpu": ("1,1024,12,64",),
-}
-# Of serving operators, whose T is what is decoded at once.
-_DECODE_SHAPES = {
-    "cuda": ("1,1,32,64", "32,1,32,64", "256,1,32,64", "1024,1,32,64"),
-    "cpu": ("16,1,12,64",),
+    "forward": {
+        "cuda": ("8,4096,64,64", "8,4096,32,128", "1,8192,32,64", "4,1024,16,64"),
+        "cpu": ("1,1024,12,64",),
+    },
+    # T is what is decoded at once.
+    "decode": {
+        "cuda": ("1,1,32,64", "32,1,32,64", "256,1,32,64", "1024,1,32,64"),
+        "cpu": ("16,1,12,64",),
+    },
+    "prefill": {"cuda": ("1,8192,32,64", "64,1875,32,64"), "cpu": ("4,256,12,64",)},
 }
 _DTYPES = {"cuda": ("bf16", "fp32"), "cpu": ("fp32",)}
 # The largest length and number of heads of a plot.
@@ -48,23 +53,40 @@ class Shape:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
     """One operator, shape and dtype. state_dtype: where it is not the dtype's own. bounded: whether
-    it is told that decays are."""
+    it is told that decays are. packed: whether the B sequences have the lengths of `lengths_in`."""
 
     op: str
     shape: Shape
     dtype: str
     state_dtype: str = ""
     bounded: bool = False
+    packed: bool = False
 
     def __str__(self) -> str:
         states = f", states in {self.state_dtype}" if self.state_dtype else ""
-        told = " bounded" if self.bounded else ""
+        told = (" bounded" if self.bounded else "") + (" packed" if self.packed else "")
         return f"{self.op} ({str(self.shape).replace(',', ', ')}) {self.dtype}{told}{states}"
 
 
-def default_shapes(device: str, *, serving: bool = False) -> list[Shape]:
-    """What is measured where no shape is named."""
-    return [Shape.parse(text) for text in (_DECODE_SHAPES if serving else _SHAPES)[device]]
+def default_shapes(device: str, entry: str = "forward") -> list[Shape]:
+    """What is measured of an operator, by the entry that is called, where no shape is named."""
+    return [Shape.parse(text) for text in _SHAPES[entry][device]]
+
+
+def lengths_in(shape: Shape) -> list[int]:
+    """B lengths from 17 or less to more than twice T, as prompts have them, in no order; in all
+    B * T tokens."""
+    count, total = shape.batch, shape.batch * shape.length
+    least = min(17, shape.length)
+    longest = shape.length * 32 / 15
+    # A power of numbers from 0 to 1 whose mean is that of the lengths.
+    power = (longest - shape.length) / max(shape.length - least, 1)
+    rising = [
+        round(least + (longest - least) * (i / max(count - 1, 1)) ** power) for i in range(count)
+    ]
+    rising[count // 2] += total - sum(rising)
+    random.Random(0).shuffle(rising)
+    return rising
 
 
 def default_dtypes(device: str) -> tuple[str, ...]:

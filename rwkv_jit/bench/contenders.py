@@ -74,7 +74,7 @@ def line_up(
 
 def is_serving(op: str) -> bool:
     """Whether an operator is one for serving, on a pool of states and without gradients."""
-    return "decode" in get_spec(op).entries
+    return get_spec(op).is_serving
 
 
 def ours(case: Case, device: str) -> Contender:

@@ -44,7 +44,12 @@ def relative_errors(
     infinite.
     """
     leaves = [x.detach().clone().requires_grad_(gradients) for x in tensors.values()]
-    exact = [x.detach().to("cpu", torch.float64).requires_grad_(gradients) for x in leaves]
+    exact = [
+        x.detach()
+        .to("cpu", torch.float64 if x.is_floating_point() else None)
+        .requires_grad_(gradients)
+        for x in leaves
+    ]
     outputs = _made(results, dict(zip(tensors, leaves, strict=True)))
     right = _made(truth, dict(zip(tensors, exact, strict=True)))
     labels, pairs = [*names], [*zip(outputs, right, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -10,7 +11,7 @@ from ..arguments import allowed_dtypes, entry_sizes
 from ..config import OpConfig, default_state_dtype
 from ..launch import TORCH_DTYPES
 from ..spec import OpSpec
-from .cases import Shape
+from .cases import Shape, lengths_in
 
 Tensors = dict[str, torch.Tensor]
 
@@ -45,6 +46,17 @@ def draw(spec: OpSpec, config: OpConfig, shape: Shape, device: str) -> Tensors:
         exact[tensor.name] = x
         drawn[tensor.name] = x.to(allowed_dtypes(tensor, config, drawn)[0])
     return drawn
+
+
+def pack(tensors: Tensors, shape: Shape) -> Tensors:
+    """The same tokens as sequences of the lengths of `lengths_in`, packed."""
+    bounds = torch.tensor([0, *itertools.accumulate(lengths_in(shape))], dtype=torch.int32)
+    rows = (shape.batch, shape.length)
+    packed = {
+        name: x.flatten(0, 1)[None] if x.shape[:2] == rows and name != "state" else x
+        for name, x in tensors.items()
+    }
+    return {**packed, "cu_seqlens": bounds.to(tensors["r"].device)}
 
 
 def draw_gradient(y: torch.Tensor) -> torch.Tensor:

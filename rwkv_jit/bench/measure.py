@@ -9,22 +9,22 @@ from typing import Any
 
 import torch
 
+from ..config import OpConfig
 from ..ops import get_spec
 from ..reference import REFERENCES
-from .cases import Case
+from .cases import Case, Shape
 from .contenders import LOOP, Absentee, Contender, first_line, is_serving, reference
 from .gate import relative_errors, slice_of, worst_of
-from .inputs import Tensors, draw, draw_gradient, fewest_bytes
+from .inputs import Tensors, draw, draw_gradient, fewest_bytes, pack
 from .timing import Timing, extra_memory, time_of, time_of_step
 
 PASSES = ("forward", "both")
-STEP = "decode"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pass:
-    """The forward without gradients, forward and backward together ("both"), or a step of a serving
-    operator ("decode").
+    """The forward without gradients, forward and backward together ("both"), or a call of a serving
+    operator ("decode" or "prefill").
 
     floor_ms: the time in which a copy moves the fewest bytes of the pass.
     loop_ms: what the loop took in the same run; None where it was not run.
@@ -119,6 +119,7 @@ def result_data(result: Result) -> dict[str, Any]:
         "shape": [shape.batch, shape.length, shape.heads, shape.head_size],
         "dtype": case.dtype,
         "bounded": case.bounded,
+        "packed": case.packed,
         "state_dtype": case.state_dtype,
         "by": result.by,
         "status": result.status,
@@ -170,22 +171,27 @@ def _measure(
 
 def _errors(case: Case, contender: Contender, device: str) -> dict[str, float]:
     config = contender.config
-    tensors = draw(get_spec(case.op), config, slice_of(case.shape), device)
+    tensors = _draw(case, config, slice_of(case.shape), device)
     if is_serving(case.op):
         return _errors_of_step(case, contender, tensors)
     truth = reference(config, torch.float64)
     return relative_errors(lambda x: (contender.call(x),), lambda x: (truth(x),), tensors)
 
 
+def _draw(case: Case, config: OpConfig, shape: Shape, device: str) -> Tensors:
+    tensors = draw(get_spec(case.op), config, shape, device)
+    return pack(tensors, shape) if case.packed else tensors
+
+
 def _errors_of_step(case: Case, contender: Contender, tensors: Tensors) -> dict[str, float]:
     """Of y and of the states afterwards."""
-    decode = REFERENCES[case.op]
+    serve, names = REFERENCES[case.op], get_spec(case.op).parameters
 
     def ours(x: Tensors) -> Sequence[torch.Tensor]:
         return contender.call(x), x["state"]
 
     def truth(x: Tensors) -> Sequence[torch.Tensor | None]:
-        return decode(*x.values(), None, decay=contender.config.decay)
+        return serve(*(x.get(name) for name in names), decay=contender.config.decay)
 
     return relative_errors(ours, truth, tensors, ("y", "state"), gradients=False)
 
@@ -195,11 +201,13 @@ def _time(
 ) -> tuple[dict[str, Pass], int | None]:
     """Each pass, and the extra memory of the second."""
     spec, config = get_spec(case.op), contender.config
-    tensors = draw(spec, config, case.shape, device)
+    tensors = _draw(case, config, case.shape, device)
     if is_serving(case.op):
-        timing = time_of_step(lambda: contender.call(tensors), device, seconds)
+        name = next(iter(spec.entries))
+        measured = time_of_step if name == "decode" else time_of
+        timing = measured(lambda: contender.call(tensors), device, seconds)
         least = fewest_bytes(spec, config, tensors, backward=False)
-        return {STEP: Pass(timing=timing, floor_ms=least / bandwidth * 1e3)}, None
+        return {name: Pass(timing=timing, floor_ms=least / bandwidth * 1e3)}, None
     leaves = {name: x.detach().clone().requires_grad_() for name, x in tensors.items()}
     with torch.no_grad():
         dy = draw_gradient(contender.call(tensors))

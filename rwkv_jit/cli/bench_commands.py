@@ -84,7 +84,8 @@ def bench(
     loop over tokens in float32 runs beside.
 
     Of a serving operator (wkv7_decode and the like) y and the states are looked at, and a step is
-    timed, on a GPU inside a CUDA graph of many.
+    timed, on a GPU inside a CUDA graph of many. Prefill of several sequences is measured twice: of
+    one length, and packed, of lengths from 17 to more than twice that with as many tokens in all.
 
     Exit code 1 if an operator fails; what becomes of peers does not count.
     """
@@ -171,7 +172,7 @@ def _sequences(ops: Sequence[str]) -> list[str]:
 
 def _is_serving(op: str) -> bool:
     try:
-        return "decode" in get_spec(op).entries
+        return get_spec(op).is_serving
     except ConfigError as error:
         raise typer.BadParameter(str(error)) from None
 
@@ -187,17 +188,19 @@ def _cases(
     """Every combination; of what is not named, the defaults of the device."""
     found = []
     for op in ops or SPECS:
-        serving = _is_serving(op)
+        entry = next(iter(get_spec(op).entries))
         found += [
             Case(
                 op=op,
                 shape=shape,
                 dtype=dtype,
-                state_dtype=state_dtype if serving else "",
+                state_dtype=state_dtype if _is_serving(op) else "",
                 bounded=is_bounded("bench", dtype, lower_bound),
+                packed=packed,
             )
             for dtype in dtypes or default_dtypes(device)
-            for shape in shapes or default_shapes(device, serving=serving)
+            for shape in shapes or default_shapes(device, entry)
+            for packed in ((False, True) if entry == "prefill" and shape.batch > 1 else (False,))
         ]
     return found
 

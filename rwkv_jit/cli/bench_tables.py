@@ -16,6 +16,7 @@ _PASSES = {
     "forward": ("forward", "forward"),
     "both": ("forward + backward", "backward"),
     "decode": ("step", "decode"),
+    "prefill": ("prefill", "prefill"),
 }
 _COLUMNS = (
     "by", "status", "pass", "kernel", "error#", "ms#", "quartiles#", "floor ms#", "x floor#",

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from ..config import CHECKPOINT_DTYPES, OpConfig
 from ..spec import KernelVariant, TensorSpec
+from .tensors import ORDER
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,7 @@ class Chunked:
                 **self.forward.constants(),
                 **constants(config),
             },
+            scratch=(ORDER,),
             # One limit for both: the entries share their checkpoints.
             shared_bytes=max(self.forward.shared_bytes, self.backward.shared_bytes),
             checkpoint_tokens=self.span,

@@ -12,14 +12,14 @@ from .wkv5 import WKV5
 from .wkv6 import WKV6
 from .wkv7 import WKV7
 
-_STATE = TensorSpec(
+STATE = TensorSpec(
     name="state",
     shape=("P", "H", "N", "N"),
     dtype=("state",),
     meaning="pool of states, advanced in place",
     mutated=True,
 )
-_STATE_INDICES = TensorSpec(
+STATE_INDICES = TensorSpec(
     name="state_indices",
     shape=("B",),
     dtype=("int32",),
@@ -44,7 +44,7 @@ def _decode(spec: OpSpec, templates: str, constants: Mapping[str, int]) -> OpSpe
     constants: what those take beside their sizes.
     """
     tokens = tuple(tensor for tensor in spec.called.inputs if not tensor.optional)
-    inputs = (*tokens, _STATE, _STATE_INDICES)
+    inputs = (*tokens, STATE, STATE_INDICES)
     return OpSpec(
         name=f"{spec.name}_decode",
         summary=f"{spec.name} for serving: a few tokens a sequence, on a pool of states, in place",

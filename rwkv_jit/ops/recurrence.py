@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from ..config import OpConfig
 from ..spec import KernelVariant, TensorSpec
-from .tensors import STATE
+from .tensors import ORDER, STATE
 
 CUDA_DTYPES = ("bf16", "fp16", "fp32")
 CPU_DTYPES = (*CUDA_DTYPES, "fp64")
@@ -84,6 +84,7 @@ def recurrence_variants(
             **_FORWARD_TILES[config.head_size],
             **constants,
         },
+        scratch=(ORDER,),
     )
     backward = [
         KernelVariant(

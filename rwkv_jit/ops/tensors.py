@@ -39,6 +39,13 @@ CU_SEQLENS = TensorSpec(
     meaning="where each packed sequence begins, and the end of the last",
     optional=True,
 )
+ORDER = TensorSpec(
+    name="order",
+    shape=("S",),
+    dtype=("int32",),
+    meaning="packed sequences, the longest first",
+    optional=True,
+)
 CHECKPOINTS = TensorSpec(
     name="checkpoints",
     shape=("C", "H", "N", "N"),

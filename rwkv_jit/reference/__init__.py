@@ -17,4 +17,7 @@ REFERENCES: Mapping[str, Callable[..., Result]] = {
     "wkv5_decode": on_pool(wkv5),
     "wkv6_decode": on_pool(wkv6),
     "wkv7_decode": on_pool(wkv7),
+    "wkv5_prefill": on_pool(wkv5, packed=True),
+    "wkv6_prefill": on_pool(wkv6, packed=True),
+    "wkv7_prefill": on_pool(wkv7, packed=True),
 }

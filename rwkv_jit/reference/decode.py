@@ -1,4 +1,5 @@
-"""The serving operators: rows of a batch on slots of a pool, by the recurrences themselves."""
+"""The serving operators: rows of a batch, or packed sequences, on slots of a pool, by the
+recurrences themselves."""
 
 from __future__ import annotations
 
@@ -10,30 +11,36 @@ import torch
 from .sequences import Result
 
 
-def on_pool(recurrence: Callable[..., Result]) -> Callable[..., Result]:
+def on_pool(recurrence: Callable[..., Result], *, packed: bool = False) -> Callable[..., Result]:
     """A recurrence as a serving operator, which returns y and the pool as it is afterwards.
 
-    It takes the tokens of `recurrence`, state [slots, H, N, N], state_indices [B] or None, and the
-    same options. A row whose index is no slot has a y of 0.
+    It takes the tokens of `recurrence`, state [slots, H, N, N], if `packed` cu_seqlens [S + 1] or
+    None, state_indices [B or S] or None, and the same options. What has an index that is no slot
+    has a y of 0.
     """
 
-    def decode(*tensors: torch.Tensor | None, **options: Any) -> Result:
-        *tokens, state, indices = tensors
+    def serve(*tensors: torch.Tensor | None, **options: Any) -> Result:
+        *tokens, state, bounds, indices = tensors if packed else (*tensors[:-1], None, tensors[-1])
         first = tokens[0]
         assert first is not None
         assert state is not None
-        rows, slots = first.shape[0], state.shape[0]
+        count, slots = first.shape[0] if bounds is None else bounds.shape[0] - 1, state.shape[0]
         if indices is None:
-            indices = torch.arange(rows, device=state.device)
-        # uses[p, i]: row i has slot p. Nothing here has a shape that depends on values.
+            indices = torch.arange(count, device=state.device)
+        # uses[p, i]: the i-th has slot p. Nothing here has a shape that depends on values.
         uses = indices[None] == torch.arange(slots, device=state.device)[:, None]
         read = state[indices.long().clamp(0, max(slots - 1, 0))] if slots else state
-        y, final = recurrence(*tokens, read, True, **options)
+        y, final = recurrence(*tokens, read, True, bounds, **options)
         assert final is not None
-        y = torch.where(uses.any(0)[:, None, None, None], y, 0)
-        if rows == 0:
+        if count == 0:
             return y, state.to(final.dtype)
+        used = uses.any(0)[:, None]
+        if bounds is not None:
+            times = torch.arange(first.shape[1], device=state.device)
+            whose = torch.searchsorted(bounds.long(), times, right=True) - 1
+            used = used[whose.clamp(max=count - 1), 0][None]
+        y = torch.where(used[..., None, None], y, 0)
         advanced = final[uses.int().argmax(1)]
         return y, torch.where(uses.any(1)[:, None, None, None], advanced, state.to(final.dtype))
 
-    return decode
+    return serve

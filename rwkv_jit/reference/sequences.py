@@ -24,7 +24,7 @@ def run_sequences(
 
     tokens: each [B, T, H, N], in the order in which `step` takes them after the state.
     initial_state: [B or S, H, N, N], in the order `state_layout`. Zeros if None.
-    cu_seqlens: [S + 1], with B = 1.
+    cu_seqlens: [S + 1], with B = 1. The y of tokens behind the last is 0.
     Returns y [B, T, H, N] and the final state [B or S, H, N, N].
     """
     like = tokens[0]
@@ -41,7 +41,8 @@ def run_sequences(
             _run(step, [x[:, begin:end] for x in tokens], state[s : s + 1])
             for s, (begin, end) in enumerate(itertools.pairwise(bounds))
         ]
-        y = torch.cat([y for y, _ in results], 1) if results else like.clone()
+        rest = torch.zeros_like(like[:, bounds[-1] :])
+        y = torch.cat([*(y for y, _ in results), rest], 1)
         final = torch.cat([final for _, final in results]) if results else state
     return y, _turned(final, state_layout)
 

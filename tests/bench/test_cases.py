@@ -13,6 +13,7 @@ from rwkv_jit.bench.cases import (
     default_dtypes,
     default_shapes,
     heads_of,
+    lengths_in,
     lengths_of,
     sweep,
 )
@@ -25,6 +26,7 @@ def test_a_shape_is_read_and_written_back() -> None:
     case = Case(op="wkv7", shape=shape, dtype="bf16")
     assert str(case) == "wkv7 (8, 4096, 64, 128) bf16"
     assert str(replace(case, bounded=True)) == f"{case} bounded"
+    assert str(replace(case, packed=True)) == f"{case} packed"
 
 
 @pytest.mark.parametrize("text", ["", "8,4096,64", "1,2,3,4,5", "1,2,x,4", "1,0,3,4", "1,-2,3,4"])
@@ -44,8 +46,21 @@ def test_a_plot_varies_one_size_at_a_time_and_meets_in_its_corner() -> None:
     assert set(sweep(corner)) == {*lengths, *heads}
 
 
+def test_packed_lengths_differ_widely_and_make_up_the_rectangle() -> None:
+    lengths = lengths_in(Shape(64, 1875, 32, 64))
+    assert (len(lengths), sum(lengths)) == (64, 120_000)
+    assert (min(lengths), max(lengths)) == (17, 4000)
+    assert lengths != sorted(lengths)
+    assert lengths == lengths_in(Shape(64, 1875, 32, 64))
+    for shape in (Shape(1, 8192, 1, 64), Shape(2, 1, 1, 8), Shape(2, 128, 2, 64)):
+        assert sum(lengths_in(shape)) == shape.batch * shape.length
+        assert min(lengths_in(shape)) >= 0
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_each_device_has_defaults(device: str) -> None:
     assert default_shapes(device)
+    for entry in ("decode", "prefill"):
+        assert default_shapes(device, entry)
     assert default_dtypes(device)
     assert default_corner(device).head_size == 64

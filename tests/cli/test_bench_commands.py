@@ -56,6 +56,19 @@ def test_a_serving_operator_has_a_step_and_no_gradients() -> None:
     assert 1e-4 < result["error"] < 1.2e-2
 
 
+def test_prefill_is_measured_of_one_length_and_packed() -> None:
+    arguments = ("bench", "--op", "wkv6_prefill", "--shape", "3,20,2,8", "--seconds", "0")
+    quick = (*arguments, "--device", "cpu")
+    lines = run(*quick).stdout.splitlines()
+    at = lines.index("wkv6_prefill (3, 20, 2, 8) fp32")
+    assert lines[at + 2].split()[:4] == ["rwkv_jit", "ok", "prefill", "wkv6_forward.cpp"]
+    results = run_json(*quick)["results"]
+    assert [(x["status"], x["packed"], set(x["passes"])) for x in results] == [
+        ("ok", False, {"prefill"}),
+        ("ok", True, {"prefill"}),
+    ]
+
+
 def test_json_says_what_was_measured_where_and_how(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["/bin/rwkv-jit", "bench", "--op", "a b"])
     data = run_json(*QUICK, "--shape", "1,21,2,8", "--dtype", "fp32")

@@ -8,61 +8,24 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from comparing import DECODE_OPS, TOLERANCES, of_each_token, random_call, relative_rms
-from rwkv_jit import DecodeOp, get_op
+from comparing import DECODE_OPS, TOLERANCES, of_each_token, relative_rms
+from rwkv_jit import ServingOp
 from rwkv_jit.decode_launch import launcher, registered
 from rwkv_jit.errors import ArgumentError, ConfigError
-from rwkv_jit.launch import TORCH_DTYPES
 from rwkv_jit.ops import SPECS
 from rwkv_jit.reference import REFERENCES
 from rwkv_jit.settings import Settings
+from serving import Tokens, draw, for_each_state, indices, on_each_device, op_for
 
-DEVICES = [
-    pytest.param("cpu", id="cpu"),
-    pytest.param("cuda", id="cuda", marks=pytest.mark.gpu),
-]
-on_each_device = pytest.mark.parametrize("device", DEVICES)
 for_each_op = pytest.mark.parametrize("name", DECODE_OPS)
-for_each_state = pytest.mark.parametrize("state_dtype", ["fp32", "bf16", "fp16"])
-Tokens = list[torch.Tensor]
-
-
-def op_for(name: str, device: str, dtype: str = "fp32", size: int = 32, **options: Any) -> DecodeOp:
-    if "state_dtype" in options:
-        options["state_dtype"] = TORCH_DTYPES[options["state_dtype"]]
-    op = get_op(name, head_size=size, dtype=TORCH_DTYPES[dtype], device=device, **options)
-    assert isinstance(op, DecodeOp)
-    return op
-
-
-def draw(
-    op: DecodeOp, device: str, rows: int, length: int, heads: int, slots: int
-) -> tuple[Tokens, torch.Tensor]:
-    """Tokens in the operator's dtype, and a pool of states."""
-    size = op.config.head_size
-    call = random_call(
-        rows, length, heads, size, op=op.config.op.removesuffix("_decode"), sequences=slots
-    )
-    assert call.initial_state is not None
-    w = call.tokens["w"]
-    if op.config.decay == "log":
-        call.tokens["w"] = -w.exp()
-    elif op.config.decay == "factor":
-        call.tokens["w"] = (-w.exp()).exp()
-    tokens = [x.to(device, TORCH_DTYPES[op.config.dtype]) for x in call.tokens.values()]
-    return tokens, call.initial_state.to(device, TORCH_DTYPES[op.config.state_dtype])
 
 
 def some(tokens: Tokens, rows: slice, times: slice) -> Tokens:
     return [x[rows, times] if of_each_token(x) else x for x in tokens]
 
 
-def indices(values: list[int], device: str) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int32, device=device)
-
-
 def assert_right(
-    op: DecodeOp, tokens: Tokens, state: torch.Tensor, slots: torch.Tensor | None
+    op: ServingOp, tokens: Tokens, state: torch.Tensor, slots: torch.Tensor | None
 ) -> None:
     """y and the pool against the float64 recurrence."""
     y, pool = REFERENCES[op.config.op](
@@ -458,7 +421,7 @@ def test_the_reference_mode_advances_the_same_states(
     other, slots = state.clone(), indices([3, -1, 0], "cpu")
     monkeypatch.setattr("rwkv_jit.decode.current_settings", lambda: Settings(mode="reference"))
     monkeypatch.setattr("rwkv_jit.decode.launcher", lambda _slug: None)
-    slow = DecodeOp(op.config)
+    slow = ServingOp(op.config)
     for _ in range(2):
         assert relative_rms(slow(*tokens, other, slots), op(*tokens, state, slots)) < 1e-5
         assert relative_rms(other, state) < 1e-5
@@ -471,7 +434,7 @@ def test_a_kernel_is_described_once_it_is_loaded(name: str) -> None:
     op = op_for(name, "cpu")
     op.load()
     assert set(op.info()["kernels"]) == {"decode"}
-    assert repr(op) == f"<rwkv_jit.DecodeOp {op.config.slug}>"
+    assert repr(op) == f"<rwkv_jit.ServingOp {op.config.slug}>"
 
 
 @pytest.mark.gpu
