@@ -53,7 +53,7 @@ def register(
     run: the op. fake: the same for tensors without values: what it returns is like what `run` does.
     """
     entry = spec.entries[entry_name]
-    name = spec.name if spec.name.endswith(f"_{entry_name}") else f"{spec.name}_{entry_name}"
+    name = spec.name if f"_{entry_name}" in spec.name else f"{spec.name}_{entry_name}"
     arguments = [f"{_schema_type(tensor)} {tensor.name}" for tensor in entry.inputs]
     flags = [f"bool output_{output}" for output in entry.optional_outputs]
     returns = ", ".join(f"Tensor {output.name}" for output in entry.outputs)

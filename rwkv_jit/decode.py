@@ -58,19 +58,23 @@ class DecodeOp:
     def __repr__(self) -> str:
         return f"<rwkv_jit.DecodeOp {self._slug}>"
 
-    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the operator on a pool of states, which it advances in place:
 
             y = wkv7_decode(r, w, k, v, a, b, state, state_indices=None)
             y = wkv6_decode(r, w, k, v, u, state, state_indices=None)    and wkv5_decode likewise
+            y, new_k = wkv7_decode_fused(r, w, k, v, a, w0, a0, k_k, k_a, state, state_indices=None)
 
-        r, ...: as for the operator without "_decode"; made for T from 1 to 8, but any will do.
+        r, ...: as for the operator without "_decode"; made for T from 1 to 8, but any will do. The
+            fused one takes w, k and a as a layer projects them, and its parameters [H, N], in the
+            operator's dtype or float32; w0 and a0 of zeros where w and a have them already.
         state: [slots, H, N, N] in the state dtype, contiguous and aligned to 16 bytes, axes (value,
             key) for "vk". Computed in float32 (float64 for float64) and rounded after each token.
         state_indices: [B], int32, on the tensors' device. The slot of each row, no slot twice; -1
-            skips a row: its y is 0 and no state changes. Row i has slot i if None.
+            skips a row: its results are 0 and no state changes. Row i has slot i if None.
 
-        Returns y [B, T, H, N] in the operator's dtype. There are no gradients.
+        Returns y [B, T, H, N] in the operator's dtype, and the fused one the key that its gate has
+        changed, likewise. There are no gradients.
 
         Raises ArgumentError for tensors that do not fit. On a CPU, and with RWKV_JIT_DEBUG=1 on a
         GPU, that includes the values of state_indices; else looking at them would wait for the GPU:
@@ -82,9 +86,9 @@ class DecodeOp:
             else:
                 args = self._positional(args, kwargs)
         if not torch.compiler.is_compiling():
-            y = self._run_as_it_is(args)
-            if y is not None:
-                return y
+            results = self._run_as_it_is(args)
+            if results is not None:
+                return results
         return self._run(args)
 
     def load(self) -> None:
@@ -108,7 +112,7 @@ class DecodeOp:
             bind(self._spec, args, kwargs)
         return (*args, *(kwargs.get(name) for name in rest))
 
-    def _run_as_it_is(self, tensors: Sequence[Any]) -> torch.Tensor | None:
+    def _run_as_it_is(self, tensors: Sequence[Any]) -> Any:
         """A call with nothing to convert and nobody to see it, of sizes found right before; None
         for any other. Each line costs the host, at every call."""
         indices = tensors[-1]
@@ -136,7 +140,7 @@ class DecodeOp:
             tensors[0], tensors[self._state_at], indices, pointers, known.numbers
         )
 
-    def _run(self, args: Sequence[Any]) -> torch.Tensor:
+    def _run(self, args: Sequence[Any]) -> Any:
         """A call of any kind: checked, converted, and through the registered op."""
         values = dict(zip(self._inputs, args, strict=True))
         if torch.is_autocast_enabled(self._device_type):
@@ -164,7 +168,7 @@ class DecodeOp:
             if tensor is not None and tensor.requires_grad:
                 raise ArgumentError(
                     f"{self._spec.name}: {name} requires grad, but decoding has no gradients; call "
-                    f"it under torch.no_grad(), or use {self._spec.name.removesuffix('_decode')}"
+                    f"it under torch.no_grad(), or use {self._spec.name.partition('_decode')[0]}"
                 )
 
     def _remember(self, tensors: Sequence[Any]) -> None:
@@ -176,20 +180,21 @@ class DecodeOp:
         likenesses = (*map(_LIKENESS, given),)
         self._known[likenesses] = _Known(likenesses, self._launcher.numbers(tensors))
 
-    def _reference(self, tensors: Sequence[Any]) -> torch.Tensor:
+    def _reference(self, tensors: Sequence[Any]) -> Any:
         state = tensors[self._state_at]
         if not torch.compiler.is_compiling():
             announce_reference(self._spec.name)
             if self._device_type == "cpu":
                 check_slots(self._spec.name, tensors[-1], state.shape[0])
-        y, advanced = REFERENCES[self._spec.name](
+        *results, advanced = REFERENCES[self._spec.name](
             *tensors,
             decay=self.config.decay,
             state_layout=self.config.state_layout,
             compute_dtype=TORCH_DTYPES[default_state_dtype(self.config.dtype)],
         )
         state.copy_(advanced)
-        return y.to(TORCH_DTYPES[self.config.dtype])
+        results = [x.to(TORCH_DTYPES[self.config.dtype]) for x in results]
+        return results[0] if len(results) == 1 else tuple(results)
 
 
 @dataclass(frozen=True, slots=True)

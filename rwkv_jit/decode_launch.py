@@ -19,6 +19,7 @@ from .ops import get_spec
 from .settings import current_settings
 
 ENTRY = "decode"
+_POINTER = torch.Tensor.data_ptr
 
 
 class Launcher:
@@ -33,6 +34,7 @@ class Launcher:
         inputs = [tensor.name for tensor in entry.inputs]
         self._state_at, self._indices_at = inputs.index("state"), inputs.index("state_indices")
         self._typed = tuple(at for at, t in enumerate(entry.inputs) if t.has_dtype_field)
+        self._results = len(entry.outputs)
         self._debug = current_settings().debug
         self._on_gpu = is_cuda(config.arch)
         self._kernel: Kernel | None = None
@@ -52,21 +54,21 @@ class Launcher:
         indices: torch.Tensor | None,
         pointers: Sequence[int],
         numbers: Sequence[int],
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """Launch on tensors that are as they have to be, at `pointers`."""
         if not self._on_gpu or (self._debug and not torch.cuda.is_current_stream_capturing()):
             check_slots(self._spec.name, indices, state.shape[0])
         kernel = self._kernel
         if kernel is None:
             kernel = self._kernel = KERNELS.get(self._slug, ENTRY)
-        gpu, y = first.get_device(), torch.empty_like(first)
+        gpu, results = first.get_device(), (*map(torch.empty_like, (first,) * self._results),)
         stream, threads = current_stream(gpu), torch.get_num_threads()
-        kernel.call((*pointers, y.data_ptr(), *numbers, stream, threads), gpu)
+        kernel.call((*pointers, *map(_POINTER, results), *numbers, stream, threads), gpu)
         # So that autograd sees that what it may have saved is no more.
         torch.autograd.graph.increment_version(state)
-        return y
+        return results if len(results) > 1 else results[0]
 
-    def run_any(self, tensors: Sequence[Any]) -> torch.Tensor:
+    def run_any(self, tensors: Sequence[Any]) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """The same on tensors of any strides and alignment, but for the states."""
         made: list[Any] = [launchable(tensor) for tensor in tensors]
         state = tensors[self._state_at]
@@ -87,15 +89,18 @@ def launcher(slug: str) -> Launcher:
 
 
 @functools.cache
-def registered(name: str) -> Callable[..., torch.Tensor]:
+def registered(name: str) -> Callable[..., Any]:
     """The registered op of a serving operator: its inputs, and the slug. It checks nothing but what
     it needs to be safe."""
 
-    def run(*call: Any) -> torch.Tensor:
+    spec = get_spec(name)
+
+    def run(*call: Any) -> Any:
         return launcher(call[-1]).run_any(call[:-1])
 
-    def fake(*call: Any) -> torch.Tensor:
+    def fake(*call: Any) -> Any:
         first: torch.Tensor = call[0]
-        return first.new_empty(first.shape)
+        results = tuple(first.new_empty(first.shape) for _ in spec.called.outputs)
+        return results if len(results) > 1 else results[0]
 
-    return register(get_spec(name), ENTRY, run, fake)
+    return register(spec, ENTRY, run, fake)

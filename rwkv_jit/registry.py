@@ -155,7 +155,7 @@ class Op:
 
 @overload
 def get_op(  # type: ignore[overload-overlap]
-    name: Literal["wkv5_decode", "wkv6_decode", "wkv7_decode"],
+    name: Literal["wkv5_decode", "wkv6_decode", "wkv7_decode", "wkv7_decode_fused"],
     *,
     head_size: int,
     dtype: torch.dtype,

@@ -107,7 +107,11 @@ def random_call(
         "k": draw(*shape),
         "v": draw(*shape),
     }
-    if op == "wkv7":
+    if op == "wkv7_decode_fused":
+        # Decays below 1 in every convention.
+        tokens.update(a=draw(*shape), w0=-draw(heads, size).abs(), a0=draw(heads, size))
+        tokens.update(k_k=draw(heads, size), k_a=draw(heads, size))
+    elif op == "wkv7":
         kk = torch.nn.functional.normalize(draw(*shape), dim=-1)
         tokens.update(a=-kk, b=kk * torch.rand(shape, dtype=torch.float64))
     else:

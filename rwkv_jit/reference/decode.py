@@ -7,17 +7,18 @@ from typing import Any
 
 import torch
 
-from .sequences import Result
+Results = tuple[Any, ...]
 
 
-def on_pool(recurrence: Callable[..., Result]) -> Callable[..., Result]:
-    """A recurrence as a serving operator, which returns y and the pool as it is afterwards.
+def on_pool(recurrence: Callable[..., Results]) -> Callable[..., Results]:
+    """A recurrence as a serving operator, which returns y, what the recurrence returns beside it and
+    the final state, and the pool as it is afterwards.
 
     It takes the tokens of `recurrence`, state [slots, H, N, N], state_indices [B] or None, and the
-    same options. A row whose index is no slot has a y of 0.
+    same options. A row whose index is no slot has results of 0.
     """
 
-    def decode(*tensors: torch.Tensor | None, **options: Any) -> Result:
+    def decode(*tensors: torch.Tensor | None, **options: Any) -> Results:
         *tokens, state, indices = tensors
         first = tokens[0]
         assert first is not None
@@ -28,12 +29,12 @@ def on_pool(recurrence: Callable[..., Result]) -> Callable[..., Result]:
         # uses[p, i]: row i has slot p. Nothing here has a shape that depends on values.
         uses = indices[None] == torch.arange(slots, device=state.device)[:, None]
         read = state[indices.long().clamp(0, max(slots - 1, 0))] if slots else state
-        y, final = recurrence(*tokens, read, True, **options)
-        assert final is not None
-        y = torch.where(uses.any(0)[:, None, None, None], y, 0)
+        *results, final = recurrence(*tokens, read, True, **options)
+        results = [torch.where(uses.any(0)[:, None, None, None], x, 0) for x in results]
         if rows == 0:
-            return y, state.to(final.dtype)
+            return *results, state.to(final.dtype)
         advanced = final[uses.int().argmax(1)]
-        return y, torch.where(uses.any(1)[:, None, None, None], advanced, state.to(final.dtype))
+        pool = torch.where(uses.any(1)[:, None, None, None], advanced, state.to(final.dtype))
+        return *results, pool
 
     return decode
