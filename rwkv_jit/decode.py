@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 
 from .arch import is_cuda
 from .arguments import bind, cast_for_autocast, check_arguments, check_slots, widen
+from .autograd import is_plain
 from .config import OpConfig, default_state_dtype
 from .decode_launch import ENTRY, launcher, registered
 from .errors import ArgumentError
@@ -27,11 +28,12 @@ from .settings import current_settings
 
 _MOST_SIGNATURES = 1024
 _LIKENESS = operator.attrgetter("dtype", "shape", "device")
+# Of torch's own, looks at all tensors of a call at once, in C++; without it calls take longer.
+_GUARDS = getattr(torch._C._dynamo.guards, "TensorGuards", None)
 _REQUIRES_GRAD = operator.attrgetter("requires_grad")
 _IS_CONTIGUOUS = torch.Tensor.is_contiguous
 _POINTER = torch.Tensor.data_ptr
 _INDICES = frozenset({"state_indices"})
-_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
 class DecodeOp:
@@ -51,9 +53,9 @@ class DecodeOp:
         self._runs_reference = current_settings().mode == "reference"
         self._registered = registered(config.op)
         self._launcher = launcher(self._slug)
-        # Of calls that were found right, and the last of them.
-        self._known: dict[tuple[Any, ...], _Known] = {}
-        self._last: _Known | None = None
+        # Of calls that were found right, and the last of them without and with indices.
+        self._known: dict[tuple[Any, ...], tuple[int, ...]] = {}
+        self._last = [_NOTHING, _NOTHING]
 
     def __repr__(self) -> str:
         return f"<rwkv_jit.DecodeOp {self._slug}>"
@@ -117,18 +119,14 @@ class DecodeOp:
         for any other. Each line costs the host, at every call."""
         indices = tensors[-1]
         given = tensors[:-1] if indices is None else tensors
-        # What goes over all tensors does so in C.
-        if not _PLAIN.issuperset(map(type, given)) or _watched():
-            return None
-        likenesses = (*map(_LIKENESS, given),)
-        known = self._last
-        if known is None or likenesses != known.likenesses:
-            known = self._known.get(likenesses)
-            if known is None:
+        known = self._last[indices is None]
+        if not known.fits(*given):
+            found = self._find(given)
+            if found is None:
                 return None
-            self._last = known
-        if not all(map(_IS_CONTIGUOUS, given)) or (
-            torch.is_grad_enabled() and any(map(_REQUIRES_GRAD, given))
+            known = self._last[indices is None] = found
+        if torch._C._len_torch_function_stack() or (
+            known.requires_grad and torch.is_grad_enabled()
         ):
             return None
         pointers = [*map(_POINTER, given)]
@@ -140,6 +138,15 @@ class DecodeOp:
             tensors[0], tensors[self._state_at], indices, pointers, known.numbers
         )
 
+    def _find(self, given: Sequence[Any]) -> _Known | None:
+        """What is known of calls with such tensors, if they can be launched on as they are."""
+        if not is_plain(given):
+            return None
+        numbers = self._known.get((*map(_LIKENESS, given),))
+        if numbers is None or not all(map(_IS_CONTIGUOUS, given)):
+            return None
+        return _Known(_same_as(given), any(map(_REQUIRES_GRAD, given)), numbers)
+
     def _run(self, args: Sequence[Any]) -> Any:
         """A call of any kind: checked, converted, and through the registered op."""
         values = dict(zip(self._inputs, args, strict=True))
@@ -150,8 +157,7 @@ class DecodeOp:
         tensors = tuple(values.values())
         if self._runs_reference:
             return self._reference(tensors)
-        if not torch.compiler.is_compiling():
-            self._remember(tensors)
+        self._remember(tensors)
         return self._registered(*tensors, self._slug)
 
     def _check(self, values: dict[str, Any]) -> None:
@@ -173,12 +179,11 @@ class DecodeOp:
 
     def _remember(self, tensors: Sequence[Any]) -> None:
         given = [tensor for tensor in tensors if tensor is not None]
-        if not _PLAIN.issuperset(map(type, given)):
+        if not is_plain(given):
             return
         if len(self._known) >= _MOST_SIGNATURES:
             self._known.clear()
-        likenesses = (*map(_LIKENESS, given),)
-        self._known[likenesses] = _Known(likenesses, self._launcher.numbers(tensors))
+        self._known[(*map(_LIKENESS, given),)] = self._launcher.numbers(tensors)
 
     def _reference(self, tensors: Sequence[Any]) -> Any:
         state = tensors[self._state_at]
@@ -199,17 +204,33 @@ class DecodeOp:
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """What the tensors of a call are like, those that are there, and the numbers of its block."""
+    """A call that was launched as it was.
 
-    likenesses: tuple[Any, ...]
+    fits: whether tensors are like its tensors, in type, dtype, device, sizes, strides and whether
+        they require gradients, and as little seen by modes (but of functions), transforms and
+        tracers. None may be missing.
+    numbers: of its argument block.
+    """
+
+    fits: Callable[..., bool]
+    requires_grad: bool
     numbers: tuple[int, ...]
 
 
-def _watched() -> bool:
-    """Whether modes, transforms or a tracer have to see the call."""
-    return bool(
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
+def _never(*_tensors: Any) -> bool:
+    return False
+
+
+_NOTHING = _Known(_never, False, ())
+
+
+def _same_as(tensors: Sequence[torch.Tensor]) -> Callable[..., bool]:
+    if _GUARDS is None:
+        return _never
+    guards = _GUARDS(
+        *tensors,
+        dynamic_dims_sizes=[[*tensor.shape] for tensor in tensors],
+        dynamic_dims_strides=[[*tensor.stride()] for tensor in tensors],
     )
+    fits: Callable[..., bool] = guards.check
+    return fits

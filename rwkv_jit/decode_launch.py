@@ -92,7 +92,6 @@ def launcher(slug: str) -> Launcher:
 def registered(name: str) -> Callable[..., Any]:
     """The registered op of a serving operator: its inputs, and the slug. It checks nothing but what
     it needs to be safe."""
-
     spec = get_spec(name)
 
     def run(*call: Any) -> Any:

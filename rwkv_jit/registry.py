@@ -9,7 +9,7 @@ import torch
 
 from .arch import cuda_arch_of_capability, host_cpu_arch, is_cuda, parse_arch
 from .arguments import bind, cast_for_autocast, check_arguments, dtype_of, widen
-from .autograd import torch_ops
+from .autograd import is_plain, torch_ops
 from .config import DEFAULT_CHUNK_LENGTH, OpConfig, default_state_dtype, is_bounded
 from .decode import DecodeOp
 from .errors import ConfigError
@@ -89,7 +89,9 @@ class Op:
             outputs = self._ops.differentiable(self._slug, flags, *tensors)
         else:
             flags = tuple(wanted.get(name, False) for name in self._optional)
-            outputs = self._ops.forward(*tensors, self._slug, *flags)
+            plain = is_plain(tensor for tensor in tensors if tensor is not None)
+            forward = self._ops.run if plain else self._ops.forward
+            outputs = forward(*tensors, self._slug, *flags)
         y, final_state = outputs[0], outputs[1]
         return y, final_state if wanted["final_state"] else None
 

@@ -11,7 +11,6 @@ constexpr int BLOCKS = {{blocks}};  // that share a multiprocessor at one token,
 // Rows of a lane, and of a lane where there are few heads: so few blocks leave a GPU idle.
 constexpr int MANY_ROWS = {{rows_per_lane}}, FEW_ROWS = {{few_rows_per_lane}};
 constexpr int64_t FEW_BLOCKS = 264;
-constexpr unsigned AHEAD = 0;
 // Keys of a lane lie so that 16 bytes of a row are one access.
 using Lanes = RowLanes<N, STATE_IS_KV || sizeof(StateElement) == 4 ? 4 : 8>;
 
@@ -71,25 +70,6 @@ __device__ __forceinline__ void write_state(const LaneRows<StateElement, ROWS>& 
   }
 }
 
-__device__ __forceinline__ int64_t slot_of(const Arguments& args, unsigned row) {
-  const auto* indices = static_cast<const int32_t*>(args.state_indices);
-  return indices == nullptr ? row : indices[row];
-}
-
-// Asks for the part of a state that a block will need which does not run yet.
-template <int ROWS>
-__device__ __forceinline__ void ask_for_later(const Arguments& args) {
-  const unsigned later = blockIdx.x + AHEAD;
-  if (AHEAD == 0 || later >= gridDim.x) return;
-  constexpr int PART = N * N / GROUPS<ROWS>, LINE = 128 / sizeof(StateElement);
-  const unsigned heads = static_cast<unsigned>(args.H), item = later / GROUPS<ROWS>;
-  const int64_t slot = slot_of(args, item / heads);
-  if (slot < 0 || slot >= args.P) return;
-  const StateElement* part = static_cast<const StateElement*>(args.state) +
-                             (slot * heads + item % heads) * N * N + later % GROUPS<ROWS> * PART;
-  for (int at = threadIdx.x * LINE; at < PART; at += THREADS * LINE) prefetch(part + at);
-}
-
 // ONE: there is one token, as there mostly is.
 template <int ROWS, bool ONE>
 __global__ void __launch_bounds__(THREADS, ONE ? BLOCKS : 1) decode_kernel(const Arguments args) {
@@ -102,7 +82,8 @@ __global__ void __launch_bounds__(THREADS, ONE ? BLOCKS : 1) decode_kernel(const
                         tile.row_lane * ROWS;
   const int64_t length = ONE ? 1 : args.T, first_token = b * length;
 
-  const int64_t slot = slot_of(args, b);
+  const int64_t slot =
+      args.state_indices == nullptr ? b : static_cast<const int32_t*>(args.state_indices)[b];
   if (slot < 0 || slot >= args.P) {
     for (int64_t t = 0; t < length; ++t)
       for (int i = tile.column_lane; i < ROWS; i += Lanes::COLUMN_LANES)
@@ -119,7 +100,6 @@ __global__ void __launch_bounds__(THREADS, ONE ? BLOCKS : 1) decode_kernel(const
     if (first > 0) __syncthreads();  // the last stage's readers are done
     for (int at = threadIdx.x; at < count * N; at += THREADS)
       load_token(args, first_token + first + at / N, head, at % N, tokens[at / N]);
-    if (first == 0) ask_for_later<ROWS>(args);
     __syncthreads();
     for (int t = 0; t < count; ++t) {
       float y[ROWS];

@@ -3,7 +3,6 @@
 #include <cuda_runtime.h>
 
 //% include "prelude.h"
-#include "rwkv_jit/cuda/copy.cuh"
 #include "rwkv_jit/cuda/element.cuh"
 #include "rwkv_jit/cuda/row_lanes.cuh"
 //% include "cuda_types.h"

@@ -45,7 +45,9 @@ def test_a_hit_costs_at_most_five_microseconds() -> None:
 
 
 def test_operators_are_listed() -> None:
-    assert list_ops() == ("wkv5", "wkv6", "wkv7", "wkv5_decode", "wkv6_decode", "wkv7_decode", "wkv7_decode_fused")
+    sequences, steps = list_ops()[:3], list_ops()[3:]
+    assert sequences == ("wkv5", "wkv6", "wkv7")
+    assert steps == (*(f"{name}_decode" for name in sequences), "wkv7_decode_fused")
 
 
 def test_a_configuration_for_an_architecture_elsewhere_needs_no_gpu() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from ..config import DEFAULT_CHUNK_LENGTH, OpConfig
+from ..config import DEFAULT_CHUNK_LENGTH
 from ..spec import EntrySpec, KernelVariant, OpSpec, TensorSpec
 from .recurrence import CPU_DTYPES, CPU_HEAD_SIZES, CUDA_DTYPES, cpu_constants
 from .tensors import R, V, W, Y, token
@@ -37,15 +37,6 @@ _TILES = {
     128: {"warps": 4, "rows_per_lane": 4, "few_rows_per_lane": 1, "stage_tokens": 8, "blocks": 7},
     256: {"warps": 8, "rows_per_lane": 4, "few_rows_per_lane": 1, "stage_tokens": 4, "blocks": 3},
 }
-
-
-def _parameter(name: str, meaning: str) -> TensorSpec:
-    """A parameter of the model."""
-    return TensorSpec(name=name, shape=("H", "N"), dtype=("op", "fp32"), meaning=meaning)
-
-
-def _tile(config: OpConfig) -> Mapping[str, int]:
-    return _TILES[config.head_size]
 
 
 def _decode(
@@ -95,7 +86,7 @@ def _decode(
                 head_sizes=tuple(_TILES),
                 dtypes=CUDA_DTYPES,
                 chunk_lengths=(DEFAULT_CHUNK_LENGTH,),
-                constants=lambda config: {**_tile(config), **constants},
+                constants=lambda config: {**_TILES[config.head_size], **constants},
             ),
         ),
     )

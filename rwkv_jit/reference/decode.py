@@ -11,8 +11,8 @@ Results = tuple[Any, ...]
 
 
 def on_pool(recurrence: Callable[..., Results]) -> Callable[..., Results]:
-    """A recurrence as a serving operator, which returns y, what the recurrence returns beside it and
-    the final state, and the pool as it is afterwards.
+    """A recurrence as a serving operator, which returns the recurrence's results, and the pool
+    as it is afterwards instead of the final state.
 
     It takes the tokens of `recurrence`, state [slots, H, N, N], state_indices [B] or None, and the
     same options. A row whose index is no slot has results of 0.

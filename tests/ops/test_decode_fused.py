@@ -49,9 +49,7 @@ def test_it_equals_the_unfused_one(device: str, dtype: str, size: int, decay: st
         device=device,
         decay=decay,
     )
-    plain = get_op(
-        "wkv7_decode", head_size=size, dtype=torch.float32, device=device, decay=decay
-    )
+    plain = get_op("wkv7_decode", head_size=size, dtype=torch.float32, device=device, decay=decay)
     y, new_k = fused(*tokens.values(), pool, slots)
     inputs, k = unfused({name: x.float() for name, x in tokens.items()})
     assert y.dtype == new_k.dtype == TORCH_DTYPES[dtype]

@@ -74,7 +74,8 @@ struct Decay {
       slope = one;
       return;
     }
-    Vector log_d = bounded<Real>(w, FAR, -LEAST<Real>), log_slope = one;  // log_slope is dlog d / dw
+    Vector log_slope = one;  // dlog d / dw
+    Vector log_d = bounded<Real>(w, FAR, -LEAST<Real>);
     if (KIND == LOGLOG) {
       log_d = log_slope = -Exp(bounded<Real>(w, LEAST<Real>, 9.25)).value;
     } else if (KIND == LOGIT) {

@@ -62,12 +62,9 @@ struct PairOf<float> {
 template <typename Element>
 using Pair = typename PairOf<Element>::type;
 
-template <typename Element, bool AGAIN = false>
+template <typename Element>
 __device__ __forceinline__ float2 load_pair(const Pair<Element>& pair) {
-  if constexpr (std::is_same_v<Element, bf16> && AGAIN) {
-    return {__uint_as_float(__byte_perm(pair, 0, 0x1044)),
-            __uint_as_float(__byte_perm(pair, 0, 0x3244))};
-  } else if constexpr (std::is_same_v<Element, bf16>) {
+  if constexpr (std::is_same_v<Element, bf16>) {
     return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
   } else if constexpr (std::is_same_v<Element, fp16>) {
     return __half22float2(*reinterpret_cast<const __half2*>(&pair));

@@ -35,16 +35,9 @@ struct RowLanes {
                                        int first = 0) const {
 #pragma unroll
     for (int at = 0; at < COUNT; at += 4) {
-      if constexpr (COUNT == 2) {
-        const float2 two = *reinterpret_cast<const float2*>(row + column(first + at));
-        values[at] = two.x, values[at + 1] = two.y;
-        return;
-      }
-      else {
       const float4 four = *reinterpret_cast<const float4*>(row + column(first + at));
       values[at] = four.x, values[at + 1] = four.y;
       values[at + 2] = four.z, values[at + 3] = four.w;
-      }
     }
   }
 
@@ -79,9 +72,8 @@ __device__ __forceinline__ float lane_dot(const float (&left)[LANE_COLUMNS],
   return even + odd;
 }
 
-constexpr bool TWICE = false;
-// A lane's part of its rows, as it is stored: what is kept in 16 bits needs half the registers, and
-// is rounded after each token.
+// A lane's part of its rows, as it is stored, so that several tokens of one call give the same bits
+// as one each of several calls.
 template <typename Element, int ROWS>
 struct LaneRows {
   Pair<Element> pairs[ROWS][LANE_COLUMNS / 2];
@@ -110,7 +102,7 @@ struct LaneRows {
 #pragma unroll
       for (int j = 0; j < COUNT; j += 2) {
         Pair<Element>& pair = pairs[i][(first + j) / 2];
-        const float2 two = load_pair<Element, TWICE>(pair);
+        const float2 two = load_pair<Element>(pair);
         store_pair<Element>(pair, {work(two.x, i, j), work(two.y, i, j + 1)});
       }
   }
