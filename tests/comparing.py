@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -127,6 +128,12 @@ def random_call(
         dy=draw(*shape),
         dfinal_state=draw(*states),
     )
+
+
+def run_step(op: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """What a call returns; several results side by side."""
+    results = op(*args, **kwargs)
+    return results if isinstance(results, torch.Tensor) else torch.cat(results, -1)
 
 
 def run(op: Op, call: Call, device: str, *, gradients: bool = True) -> dict[str, torch.Tensor]:

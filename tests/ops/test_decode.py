@@ -9,7 +9,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from comparing import DECODE_OPS, TOLERANCES, of_each_token, random_call, relative_rms
+from comparing import (
+    DECODE_OPS,
+    TOLERANCES,
+    of_each_token,
+    random_call,
+    relative_rms,
+    run_step,
+)
 from rwkv_jit import DecodeOp, get_op
 from rwkv_jit.decode_launch import launcher, registered
 from rwkv_jit.errors import ArgumentError, ConfigError
@@ -60,12 +67,6 @@ def some(tokens: Tokens, rows: slice, times: slice) -> Tokens:
 
 def indices(values: list[int], device: str) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32, device=device)
-
-
-def run_step(op: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """What a call returns; several results side by side."""
-    results = op(*args, **kwargs)
-    return results if isinstance(results, torch.Tensor) else torch.cat(results, -1)
 
 
 def assert_right(
