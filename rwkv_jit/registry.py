@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from typing import Any, Literal, overload
 
 import torch
@@ -21,6 +22,7 @@ from .settings import current_settings
 
 BUILD_POLICIES = ("auto", "never", "always")
 _MOST_SIGNATURES = 1024
+_MAKING = threading.Lock()
 
 
 class Op:
@@ -284,8 +286,14 @@ def _get_op(
     return _op(config)
 
 
-@functools.cache
 def _op(config: OpConfig) -> Op | DecodeOp:
+    # Two threads at once would register the same torch ops.
+    with _MAKING:
+        return _make_op(config)
+
+
+@functools.cache
+def _make_op(config: OpConfig) -> Op | DecodeOp:
     return DecodeOp(config) if "decode" in get_spec(config.op).entries else Op(config)
 
 

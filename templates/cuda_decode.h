@@ -20,36 +20,38 @@ constexpr int GROUPS = N / (WARPS * Lanes::ROW_LANES * ROWS);  // blocks of a he
 // What one access to memory takes of a row.
 using Keys = Neighbours<Pair<StateElement>, Lanes::KEYS / 2>;
 
-// A lane's rows, the first of whose values lies at `from`.
+// A lane's rows, the first of whose values lies at `from`, in the order of memory.
 template <int ROWS>
 __device__ __forceinline__ void read_state(const StateElement* from,
                                            LaneRows<StateElement, ROWS>& state) {
+  if constexpr (STATE_IS_KV) {
 #pragma unroll
-  for (int j = 0; j < LANE_COLUMNS; j += STATE_IS_KV ? 2 : Lanes::KEYS) {
-    if constexpr (STATE_IS_KV) {
+    for (int j = 0; j < LANE_COLUMNS; j += 2) {
       float left[ROWS], right[ROWS];
       load_at<StateElement>(from, state_index(0, Lanes::past(j)), left);
       load_at<StateElement>(from, state_index(0, Lanes::past(j + 1)), right);
 #pragma unroll
       for (int i = 0; i < ROWS; ++i)
         store_pair<StateElement>(state.pairs[i][j / 2], {left[i], right[i]});
-    } else {
+    }
+  } else {
 #pragma unroll
-      for (int i = 0; i < ROWS; ++i) {
+    for (int i = 0; i < ROWS; ++i)
+#pragma unroll
+      for (int j = 0; j < LANE_COLUMNS; j += Lanes::KEYS) {
         const Keys keys = *reinterpret_cast<const Keys*>(from + state_index(i, Lanes::past(j)));
 #pragma unroll
         for (int x = 0; x < Lanes::KEYS / 2; ++x) state.pairs[i][j / 2 + x] = keys.at[x];
       }
-    }
   }
 }
 
 template <int ROWS>
 __device__ __forceinline__ void write_state(const LaneRows<StateElement, ROWS>& state,
                                             StateElement* to) {
+  if constexpr (STATE_IS_KV) {
 #pragma unroll
-  for (int j = 0; j < LANE_COLUMNS; j += STATE_IS_KV ? 2 : Lanes::KEYS) {
-    if constexpr (STATE_IS_KV) {
+    for (int j = 0; j < LANE_COLUMNS; j += 2) {
       float left[ROWS], right[ROWS];
 #pragma unroll
       for (int i = 0; i < ROWS; ++i) {
@@ -58,15 +60,17 @@ __device__ __forceinline__ void write_state(const LaneRows<StateElement, ROWS>& 
       }
       store_at<StateElement>(to, state_index(0, Lanes::past(j)), left);
       store_at<StateElement>(to, state_index(0, Lanes::past(j + 1)), right);
-    } else {
+    }
+  } else {
 #pragma unroll
-      for (int i = 0; i < ROWS; ++i) {
+    for (int i = 0; i < ROWS; ++i)
+#pragma unroll
+      for (int j = 0; j < LANE_COLUMNS; j += Lanes::KEYS) {
         Keys keys;
 #pragma unroll
         for (int x = 0; x < Lanes::KEYS / 2; ++x) keys.at[x] = state.pairs[i][j / 2 + x];
         *reinterpret_cast<Keys*>(to + state_index(i, Lanes::past(j))) = keys;
       }
-    }
   }
 }
 

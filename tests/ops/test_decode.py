@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from comparing import (
@@ -17,7 +18,7 @@ from comparing import (
     relative_rms,
     run_step,
 )
-from rwkv_jit import DecodeOp, get_op
+from rwkv_jit import DecodeOp, decode, get_op
 from rwkv_jit.decode_launch import launcher, registered
 from rwkv_jit.errors import ArgumentError, ConfigError
 from rwkv_jit.launch import TORCH_DTYPES
@@ -432,6 +433,40 @@ def test_an_eager_call_of_known_sizes_does_not_go_through_the_dispatcher(
     monkeypatch.setattr(op, "_registered", None)
     run_step(op, *tokens, state, slots)
     run_step(op, *tokens, state, state_indices=slots)
+
+
+def test_what_a_short_way_must_not_miss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With torch's guards, and without them."""
+    config = op_for("wkv7_decode", "cpu").config
+    for guards in (decode._GUARDS, None):
+        monkeypatch.setattr(decode, "_GUARDS", guards)
+        op = DecodeOp(config)
+        tokens, state = draw(op, "cpu", 2, 1, 2, slots=2)
+        tokens[0].requires_grad_()
+        with torch.no_grad():
+            for _ in range(3):
+                op(*tokens, state)
+        with pytest.raises(ArgumentError, match="r requires grad"):
+            op(*tokens, state)
+        tokens[0] = tokens[0].detach()
+        seen = []
+
+        class Watch(TorchFunctionMode):
+            def __torch_function__(
+                self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+            ) -> Any:
+                seen.append(func)  # noqa: B023
+                return func(*args, **(kwargs or {}))
+
+        op(*tokens, state)
+        with Watch():
+            op(*tokens, state)
+        assert registered("wkv7_decode") in seen
+        with pytest.raises(ArgumentError, match="k is float64, but must be float32"):
+            op(*tokens[:2], tokens[2].double(), *tokens[3:], state)
+        transposed = tokens[1].mT.contiguous().mT
+        expected = op(*tokens, state.clone())
+        assert torch.equal(op(tokens[0], transposed, *tokens[2:], state), expected)
 
 
 @for_each_op
