@@ -1,7 +1,7 @@
 // A head's few tokens on a CPU, on a state that is advanced in place. A part of the state at a time
 // is converted into the nearest cache, taken through all tokens and written back. The operator's
-// template has Token, with `v` and `y`, load_token, skip_row, and advance: `rows` vectors for a state
-// whose rows are contiguous, `columns` for one whose columns are.
+// template has Token, with `v` and `y`, load_token, skip_row, and advance: `rows` vectors for a
+// state whose rows are contiguous, `columns` for one whose columns are.
 namespace {
 
 constexpr int STAGE = {{stage_tokens}};  // tokens that are converted at once

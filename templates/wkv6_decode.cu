@@ -41,29 +41,26 @@ template <typename Lanes, int ROWS>
 __device__ __forceinline__ void run_token(const Lanes& tile, const float (&token)[VECTORS][N],
                                           int first_row, LaneRows<StateElement, ROWS>& state,
                                           float (&y)[ROWS]) {
-  float v[ROWS], bonus = 0.0f;
+  float v[ROWS], r[LANE_COLUMNS], uk[LANE_COLUMNS];
+  tile.read(token[R], r);
+  tile.read(token[UK], uk);
+  const float bonus = tile.row_sum(lane_dot(uk, r));
+  state.times(tile, r, y);
 #pragma unroll
   for (int i = 0; i < ROWS; ++i) {
     v[i] = token[V][first_row + i];
-    y[i] = 0.0f;
+    y[i] = fmaf(v[i], bonus, y[i]);
   }
 #pragma unroll
   for (int first = 0; first < LANE_COLUMNS; first += AT_ONCE) {
-    float keep[AT_ONCE], change[AT_ONCE], k[AT_ONCE], r[AT_ONCE], uk[AT_ONCE];
+    float keep[AT_ONCE], change[AT_ONCE], k[AT_ONCE];
     tile.read(token[KEEP], keep, first);
     tile.read(token[CHANGE], change, first);
     tile.read(token[K], k, first);
-    tile.read(token[R], r, first);
-    tile.read(token[UK], uk, first);
-#pragma unroll
-    for (int j = 0; j < AT_ONCE; ++j) bonus = fmaf(uk[j], r[j], bonus);
     state.template advance<AT_ONCE>(first, [&](float s, int i, int j) {
-      y[i] = fmaf(s, r[j], y[i]);
       return fmaf(s, keep[j], fmaf(s, change[j], v[i] * k[j]));
     });
   }
-#pragma unroll
-  for (int i = 0; i < ROWS; ++i) y[i] = tile.row_sum(fmaf(v[i], bonus, y[i]));
 }
 
 }  // namespace

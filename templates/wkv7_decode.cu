@@ -75,11 +75,11 @@ __device__ __forceinline__ void run_token(const Lanes& tile, const float (&token
 #pragma unroll
   for (int first = 0; first < LANE_COLUMNS; first += AT_ONCE) {
     float keep[AT_ONCE], change[AT_ONCE], b[AT_ONCE], k[AT_ONCE], r[AT_ONCE];
+    tile.read(token[R], r, first);
     tile.read(token[KEEP], keep, first);
     tile.read(token[CHANGE], change, first);
     tile.read(token[B], b, first);
     tile.read(token[K], k, first);
-    tile.read(token[R], r, first);
     state.template advance<AT_ONCE>(first, [&](float s, int i, int j) {
       s = fmaf(s, keep[j], fmaf(s, change[j], fmaf(sa[i], b[j], v[i] * k[j])));
       y[i] = fmaf(s, r[j], y[i]);
