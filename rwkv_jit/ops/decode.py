@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from ..config import DEFAULT_CHUNK_LENGTH
+from ..arch import arch_number
+from ..config import DEFAULT_CHUNK_LENGTH, OpConfig
 from ..spec import EntrySpec, KernelVariant, OpSpec, TensorSpec
 from .recurrence import CPU_DTYPES, CPU_HEAD_SIZES, CUDA_DTYPES, cpu_constants
 from .tensors import R, V, W, Y, token
@@ -37,6 +38,13 @@ _TILES = {
     128: {"warps": 4, "rows_per_lane": 4, "few_rows_per_lane": 1, "stage_tokens": 8, "blocks": 7},
     256: {"warps": 8, "rows_per_lane": 4, "few_rows_per_lane": 1, "stage_tokens": 4, "blocks": 3},
 }
+
+
+def _tile(config: OpConfig, *, fused: bool) -> Mapping[str, int]:
+    tile = _TILES[config.head_size]
+    # There the compiler needs a register more than fourteen blocks of 64 threads leave to a lane.
+    tight = fused and arch_number(config.arch) >= 120
+    return {**tile, "blocks": tile["blocks"] * 6 // 7} if tight else tile
 
 
 def _decode(
@@ -86,7 +94,7 @@ def _decode(
                 head_sizes=tuple(_TILES),
                 dtypes=CUDA_DTYPES,
                 chunk_lengths=(DEFAULT_CHUNK_LENGTH,),
-                constants=lambda config: {**_TILES[config.head_size], **constants},
+                constants=lambda config: {**_tile(config, fused=fused is not None), **constants},
             ),
         ),
     )
