@@ -7,7 +7,7 @@ travels as its slug. An autograd.Function stands outside them.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from .ops import get_spec
 from .spec import EntrySpec, OpSpec, TensorSpec
 
 _LIBRARY = torch.library.Library("rwkv_jit", "DEF")
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +29,28 @@ class TorchOps:
     """An operator's registered ops. Each takes the entry's inputs in order, the slug, and a bool
     for each optional output; an output that is not asked for comes back with no elements.
 
+    run: the forward past torch's dispatcher, which costs the host a good part of a call; for
+        arguments that are plain.
     differentiable: takes slug, the forward's bools but those of saved outputs, and the inputs.
     """
 
     forward: Callable[..., Sequence[torch.Tensor]]
     backward: Callable[..., Sequence[torch.Tensor]]
+    run: Callable[..., Sequence[torch.Tensor]]
     differentiable: Callable[..., Sequence[torch.Tensor]]
+
+
+def is_plain(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether these are tensors and nothing more, and no mode, transform, tracer or compiler has to
+    see what is called with them."""
+    return (
+        _PLAIN.issuperset(map(type, tensors))
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._len_torch_function_stack()
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._get_tracing_state() is None
+    )
 
 
 @functools.cache
@@ -41,7 +58,11 @@ def torch_ops(name: str) -> TorchOps:
     """Register the ops of the operator `name`, once in a process."""
     spec = get_spec(name)
     forward, backward = (_register_sequence(spec, entry) for entry in ("forward", "backward"))
-    return TorchOps(forward, backward, _differentiable(spec, forward, backward))
+
+    def run(*call: Any) -> tuple[torch.Tensor, ...]:
+        return _run(spec, "forward", call)
+
+    return TorchOps(forward, backward, run, _differentiable(spec, forward, backward))
 
 
 def register(
@@ -53,7 +74,7 @@ def register(
     run: the op. fake: the same for tensors without values: what it returns is like what `run` does.
     """
     entry = spec.entries[entry_name]
-    name = spec.name if spec.name.endswith(f"_{entry_name}") else f"{spec.name}_{entry_name}"
+    name = spec.name if f"_{entry_name}" in spec.name else f"{spec.name}_{entry_name}"
     arguments = [f"{_schema_type(tensor)} {tensor.name}" for tensor in entry.inputs]
     flags = [f"bool output_{output}" for output in entry.optional_outputs]
     returns = ", ".join(f"Tensor {output.name}" for output in entry.outputs)

@@ -22,7 +22,8 @@ _BOUNDED_FROM = {"fp16": -0.61}
 _BOUNDED_FROM_ELSE = -8.0
 
 _SLUG = re.compile(
-    r"(?P<op>[a-z][a-z0-9]*(?:_decode|_prefill)?)_n(?P<head_size>\d+)_(?P<dtype>bf16|fp16|fp32|fp64)"
+    r"(?P<op>[a-z][a-z0-9]*(?:_decode(?:_fused)?|_prefill)?)_n(?P<head_size>\d+)"
+    r"_(?P<dtype>bf16|fp16|fp32|fp64)"
     r"_l(?P<chunk_length>\d+)_(?P<arch>sm\d+[af]?|x86_64_v\d|aarch64)"
     r"(?:_(?P<decay>logit|log|factor))?(?:_s(?P<state_dtype>bf16|fp16|fp32|fp64))?(?P<layout>_kv)?"
     r"(?:_c(?P<checkpoint_dtype>bf16))?(?P<bounded>_bounded)?",

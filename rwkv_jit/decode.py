@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 
 from .arch import is_cuda
 from .arguments import bind, cast_for_autocast, check_arguments, check_slots, widen
+from .autograd import is_plain
 from .config import OpConfig, default_state_dtype
 from .decode_launch import launcher, registered, sequences_of
 from .errors import ArgumentError
@@ -27,11 +28,12 @@ from .settings import current_settings
 
 _MOST_SIGNATURES = 1024
 _LIKENESS = operator.attrgetter("dtype", "shape", "device")
+# Of torch's own, looks at all tensors of a call at once, in C++; without it calls take longer.
+_GUARDS = getattr(torch._C._dynamo.guards, "TensorGuards", None)
 _REQUIRES_GRAD = operator.attrgetter("requires_grad")
 _IS_CONTIGUOUS = torch.Tensor.is_contiguous
 _POINTER = torch.Tensor.data_ptr
 _INDICES = frozenset({"state_indices"})
-_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
 class ServingOp:
@@ -51,22 +53,25 @@ class ServingOp:
         self._runs_reference = current_settings().mode == "reference"
         self._registered = registered(config.op)
         self._launcher = launcher(self._slug)
-        # Of calls that were found right, and the last of them.
-        self._known: dict[tuple[Any, ...], _Known] = {}
-        self._last: _Known | None = None
+        # Of calls that were found right, and the last of them without and with indices.
+        self._known: dict[tuple[Any, ...], tuple[int, ...]] = {}
+        self._last = [_NOTHING, _NOTHING]
 
     def __repr__(self) -> str:
         return f"<rwkv_jit.ServingOp {self._slug}>"
 
-    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the operator on a pool of states, which it advances in place:
 
             y = wkv7_decode(r, w, k, v, a, b, state, state_indices=None)
+            y, new_k = wkv7_decode_fused(r, w, k, v, a, w0, a0, k_k, k_a, state, state_indices=None)
             y = wkv7_prefill(r, w, k, v, a, b, state, cu_seqlens=None, state_indices=None)
             y = wkv6_decode(r, w, k, v, u, state, ...)    and the other wkv6 and wkv5 likewise
 
         r, ...: as for the operator without "_decode", which is made for T from 1 to 8, though any
-            will do, or "_prefill", which is made for more.
+            will do, or "_prefill", which is made for more. The fused one takes w, k and a as a
+            layer projects them, and its parameters [H, N], in the operator's dtype or float32; w0
+            and a0 of zeros where w and a have them already.
         state: [slots, H, N, N] in the state dtype, contiguous and aligned to 16 bytes, axes (value,
             key) for "vk". Computed in float32 (float64 for float64) and rounded to its dtype after
             each token, or in prefill after the last.
@@ -74,9 +79,11 @@ class ServingOp:
             the s-th being tokens cu_seqlens[s] to cu_seqlens[s + 1]. An empty one leaves its state
             as it is. The last bound may lie before T: y is 0 from there on.
         state_indices: [B or S], int32, on the tensors' device. The slot of each row or sequence, no
-            slot twice; -1 skips one: its y is 0 and no state changes. The i-th has slot i if None.
+            slot twice; -1 skips one: its results are 0 and no state changes. The i-th has slot i if
+            None.
 
-        Returns y [B, T, H, N] in the operator's dtype. There are no gradients.
+        Returns y [B, T, H, N] in the operator's dtype, and the fused one the key that its gate has
+        changed, likewise. There are no gradients.
 
         Raises ArgumentError for tensors that do not fit. On a CPU, and with RWKV_JIT_DEBUG=1 on a
         GPU, that includes the values of cu_seqlens and state_indices; else looking at them would
@@ -89,9 +96,9 @@ class ServingOp:
             else:
                 args = self._positional(args, kwargs)
         if not torch.compiler.is_compiling():
-            y = self._run_as_it_is(args)
-            if y is not None:
-                return y
+            results = self._run_as_it_is(args)
+            if results is not None:
+                return results
         return self._run(args)
 
     def load(self) -> None:
@@ -115,23 +122,19 @@ class ServingOp:
             bind(self._spec, args, kwargs)
         return (*args, *(kwargs.get(name) for name in rest))
 
-    def _run_as_it_is(self, tensors: Sequence[Any]) -> torch.Tensor | None:
+    def _run_as_it_is(self, tensors: Sequence[Any]) -> Any:
         """A call with nothing to convert and nobody to see it, of sizes found right before; None
         for any other. Each line costs the host, at every call."""
         indices = tensors[-1]
         given = tensors[:-1] if indices is None else tensors
-        # What goes over all tensors does so in C.
-        if not _PLAIN.issuperset(map(type, given)) or _watched():
-            return None
-        likenesses = (*map(_LIKENESS, given),)
-        known = self._last
-        if known is None or likenesses != known.likenesses:
-            known = self._known.get(likenesses)
-            if known is None:
+        known = self._last[indices is None]
+        if not known.fits(*given):
+            found = self._find(given)
+            if found is None:
                 return None
-            self._last = known
-        if not all(map(_IS_CONTIGUOUS, given)) or (
-            torch.is_grad_enabled() and any(map(_REQUIRES_GRAD, given))
+            known = self._last[indices is None] = found
+        if torch._C._len_torch_function_stack() or (
+            known.requires_grad and torch.is_grad_enabled()
         ):
             return None
         pointers = [*map(_POINTER, given)]
@@ -141,7 +144,16 @@ class ServingOp:
             pointers.append(0)
         return self._launcher.run(tensors, pointers, known.numbers)
 
-    def _run(self, args: Sequence[Any]) -> torch.Tensor:
+    def _find(self, given: Sequence[Any]) -> _Known | None:
+        """What is known of calls with such tensors, if they can be launched on as they are."""
+        if not is_plain(given):
+            return None
+        numbers = self._known.get((*map(_LIKENESS, given),))
+        if numbers is None or not all(map(_IS_CONTIGUOUS, given)):
+            return None
+        return _Known(_same_as(given), any(map(_REQUIRES_GRAD, given)), numbers)
+
+    def _run(self, args: Sequence[Any]) -> Any:
         """A call of any kind: checked, converted, and through the registered op."""
         values = dict(zip(self._inputs, args, strict=True))
         if torch.is_autocast_enabled(self._device_type):
@@ -151,8 +163,7 @@ class ServingOp:
         tensors = tuple(values.values())
         if self._runs_reference:
             return self._reference(tensors)
-        if not torch.compiler.is_compiling():
-            self._remember(tensors)
+        self._remember(tensors)
         return self._registered(*tensors, self._slug)
 
     def _check(self, values: dict[str, Any]) -> None:
@@ -176,43 +187,58 @@ class ServingOp:
 
     def _remember(self, tensors: Sequence[Any]) -> None:
         given = tensors[:-1] if tensors[-1] is None else tensors
-        if not _PLAIN.issuperset(map(type, given)):
+        if not is_plain(given):
             return
         if len(self._known) >= _MOST_SIGNATURES:
             self._known.clear()
-        likenesses = (*map(_LIKENESS, given),)
-        self._known[likenesses] = _Known(likenesses, self._launcher.numbers(tensors))
+        self._known[(*map(_LIKENESS, given),)] = self._launcher.numbers(tensors)
 
-    def _reference(self, tensors: Sequence[Any]) -> torch.Tensor:
+    def _reference(self, tensors: Sequence[Any]) -> Any:
         state = tensors[self._state_at]
         if not torch.compiler.is_compiling():
             announce_reference(self._spec.name)
             if self._device_type == "cpu":
                 check_slots(self._spec.name, tensors[-1], state.shape[0])
-        y, advanced = REFERENCES[self._spec.name](
+        *results, advanced = REFERENCES[self._spec.name](
             *tensors,
             decay=self.config.decay,
             state_layout=self.config.state_layout,
             compute_dtype=TORCH_DTYPES[default_state_dtype(self.config.dtype)],
         )
         state.copy_(advanced)
-        return y.to(TORCH_DTYPES[self.config.dtype])
+        results = [x.to(TORCH_DTYPES[self.config.dtype]) for x in results]
+        return results[0] if len(results) == 1 else tuple(results)
 
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """What the tensors of a call are like, of which the last may be missing, and the numbers of its
-    block."""
+    """A call that was launched as it was, of which the last tensor may be missing.
 
-    likenesses: tuple[Any, ...]
+    fits: whether tensors are like its tensors, in type, dtype, device, sizes, strides and whether
+        they require gradients, and as little seen by modes (but of functions), transforms and
+        tracers. None may be missing.
+    numbers: of its argument block.
+    """
+
+    fits: Callable[..., bool]
+    requires_grad: bool
     numbers: tuple[int, ...]
 
 
-def _watched() -> bool:
-    """Whether modes, transforms or a tracer have to see the call."""
-    return bool(
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
+def _never(*_tensors: Any) -> bool:
+    return False
+
+
+_NOTHING = _Known(_never, False, ())
+
+
+def _same_as(tensors: Sequence[torch.Tensor]) -> Callable[..., bool]:
+    if _GUARDS is None:
+        return _never
+    guards = _GUARDS(
+        *tensors,
+        dynamic_dims_sizes=[[*tensor.shape] for tensor in tensors],
+        dynamic_dims_strides=[[*tensor.stride()] for tensor in tensors],
     )
+    fits: Callable[..., bool] = guards.check
+    return fits

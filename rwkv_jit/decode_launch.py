@@ -18,6 +18,8 @@ from .loader import KERNELS
 from .ops import get_spec
 from .settings import current_settings
 
+_POINTER = torch.Tensor.data_ptr
+
 
 class Launcher:
     """What all calls of one configuration have in common."""
@@ -36,6 +38,7 @@ class Launcher:
         assert [tensor.name for tensor in scratch] in ([], ["order"])
         self._has_order = bool(scratch)
         self._typed = tuple(at for at, t in enumerate(entry.inputs) if t.has_dtype_field)
+        self._results = len(entry.outputs)
         self._debug = current_settings().debug
         self._on_gpu = is_cuda(config.arch)
         self._kernel: Kernel | None = None
@@ -58,7 +61,7 @@ class Launcher:
 
     def run(
         self, tensors: Sequence[Any], pointers: list[int], numbers: Sequence[int]
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """Launch on tensors that are as they have to be, at `pointers`, which it adds to."""
         if not self._on_gpu or (self._debug and not torch.cuda.is_current_stream_capturing()):
             self._check_values(tensors)
@@ -66,8 +69,8 @@ class Launcher:
         if kernel is None:
             kernel = self._kernel = KERNELS.get(self._slug, self.entry)
         first = tensors[0]
-        gpu, y = first.get_device(), torch.empty_like(first)
-        pointers.append(y.data_ptr())
+        gpu, results = first.get_device(), (*map(torch.empty_like, (first,) * self._results),)
+        pointers += map(_POINTER, results)
         if self._has_order:
             order = self._order(tensors)
             pointers.append(0 if order is None else order.data_ptr())
@@ -75,9 +78,9 @@ class Launcher:
         kernel.call((*pointers, *numbers, stream, threads), gpu)
         # So that autograd sees that what it may have saved is no more.
         torch.autograd.graph.increment_version(tensors[self._state_at])
-        return y
+        return results if len(results) > 1 else results[0]
 
-    def run_any(self, tensors: Sequence[Any]) -> torch.Tensor:
+    def run_any(self, tensors: Sequence[Any]) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """The same on tensors of any strides and alignment, but for the states."""
         made: list[Any] = [launchable(tensor) for tensor in tensors]
         state = tensors[self._state_at]
@@ -119,16 +122,17 @@ def launcher(slug: str) -> Launcher:
 
 
 @functools.cache
-def registered(name: str) -> Callable[..., torch.Tensor]:
+def registered(name: str) -> Callable[..., Any]:
     """The registered op of a serving operator: its inputs, and the slug. It checks nothing but what
     it needs to be safe."""
+    spec = get_spec(name)
 
-    def run(*call: Any) -> torch.Tensor:
+    def run(*call: Any) -> Any:
         return launcher(call[-1]).run_any(call[:-1])
 
-    def fake(*call: Any) -> torch.Tensor:
+    def fake(*call: Any) -> Any:
         first: torch.Tensor = call[0]
-        return first.new_empty(first.shape)
+        results = tuple(first.new_empty(first.shape) for _ in spec.called.outputs)
+        return results if len(results) > 1 else results[0]
 
-    spec = get_spec(name)
     return register(spec, next(iter(spec.entries)), run, fake)

@@ -17,7 +17,7 @@ import torch
 from .arch import cuda_arch_of_capability, display_arch, is_cuda
 from .config import OpConfig
 from .errors import ArgumentError, KernelLaunchError, KernelLoadError
-from .render import BlockField, argument_block
+from .render import argument_block
 from .spec import LAUNCHER_ABI, OpSpec
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
@@ -73,15 +73,16 @@ class Kernel:
 
     identity: what the library says it is.
     block: writes the launcher's argument block.
-    sources: for each of its members what it holds ("pointer", "dtype", "size", "stream" or
-        "threads"), and of which tensor or size.
+    pointers, dtypes, sizes: whose its members are, in this order; stream and threads follow.
     """
 
     identity: str
     config: OpConfig
     library: ctypes.CDLL
     block: struct.Struct
-    sources: tuple[tuple[str, str], ...]
+    pointers: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    sizes: tuple[str, ...]
 
     def launch(
         self,
@@ -93,20 +94,15 @@ class Kernel:
         entry. Allocates nothing and does not synchronise. Raises KernelLaunchError with the
         device's own words."""
         gpu = device.index if device.type == "cuda" else -1
-        values: list[int] = []
-        for source, name in self.sources:
-            if source == "pointer":
-                tensor = tensors[name]
-                values.append(0 if tensor is None else tensor.data_ptr())
-            elif source == "size":
-                values.append(sizes[name])
-            elif source == "dtype":
-                tensor = tensors[name]
-                values.append(0 if tensor is None else dtype_code(tensor.dtype))
-            elif source == "stream":
-                values.append(current_stream(gpu))
-            else:
-                values.append(torch.get_num_threads())
+        given = [tensors[name] for name in self.pointers]
+        typed = [tensors[name] for name in self.dtypes]
+        values = (
+            *(0 if tensor is None else tensor.data_ptr() for tensor in given),
+            *(0 if tensor is None else dtype_code(tensor.dtype) for tensor in typed),
+            *(sizes[name] for name in self.sizes),
+            current_stream(gpu),
+            torch.get_num_threads(),
+        )
         self.call(values, gpu)
 
     def call(self, values: Sequence[int], gpu: int) -> None:
@@ -155,15 +151,16 @@ def load_kernel(spec: OpSpec, config: OpConfig, entry: str, library: Path) -> Ke
     # A bytes object goes as the address of what it holds.
     loaded.rwkv_jit_launch.argtypes = [ctypes.c_char_p]
     block = struct.Struct("@" + "".join(_FORMATS[field.kind] for field in fields))
-    return Kernel(identity, config, loaded, block, tuple(map(_source, fields)))
-
-
-def _source(field: BlockField) -> tuple[str, str]:
-    if field.kind == "int32":
-        return "dtype", field.name.removesuffix("_dtype")
-    if field.name in ("stream", "threads"):
-        return field.name, field.name
-    return ("pointer" if field.kind == "pointer" else "size"), field.name
+    own = [field for field in fields if field.name not in ("stream", "threads")]
+    return Kernel(
+        identity,
+        config,
+        loaded,
+        block,
+        pointers=tuple(field.name for field in own if field.kind == "pointer"),
+        dtypes=tuple(field.name.removesuffix("_dtype") for field in own if field.kind == "int32"),
+        sizes=tuple(field.name for field in own if field.kind == "int64"),
+    )
 
 
 def launchable(tensor: torch.Tensor | None) -> torch.Tensor | None:

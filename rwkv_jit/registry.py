@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import threading
 from typing import Any, Literal, overload
 
 import torch
 
 from .arch import cuda_arch_of_capability, host_cpu_arch, is_cuda, parse_arch
 from .arguments import bind, cast_for_autocast, check_arguments, dtype_of, widen
-from .autograd import torch_ops
+from .autograd import is_plain, torch_ops
 from .config import DEFAULT_CHUNK_LENGTH, OpConfig, default_state_dtype, is_bounded
 from .decode import ServingOp
 from .errors import ConfigError
@@ -21,6 +22,7 @@ from .settings import current_settings
 
 BUILD_POLICIES = ("auto", "never", "always")
 _MOST_SIGNATURES = 1024
+_MAKING = threading.Lock()
 
 
 class Op:
@@ -89,7 +91,9 @@ class Op:
             outputs = self._ops.differentiable(self._slug, flags, *tensors)
         else:
             flags = tuple(wanted.get(name, False) for name in self._optional)
-            outputs = self._ops.forward(*tensors, self._slug, *flags)
+            plain = is_plain(tensor for tensor in tensors if tensor is not None)
+            forward = self._ops.run if plain else self._ops.forward
+            outputs = forward(*tensors, self._slug, *flags)
         y, final_state = outputs[0], outputs[1]
         return y, final_state if wanted["final_state"] else None
 
@@ -159,6 +163,7 @@ def get_op(  # type: ignore[overload-overlap]
         "wkv5_decode",
         "wkv6_decode",
         "wkv7_decode",
+        "wkv7_decode_fused",
         "wkv5_prefill",
         "wkv6_prefill",
         "wkv7_prefill",
@@ -291,8 +296,14 @@ def _get_op(
     return _op(config)
 
 
-@functools.cache
 def _op(config: OpConfig) -> Op | ServingOp:
+    # Two threads at once would register the same torch ops.
+    with _MAKING:
+        return _make_op(config)
+
+
+@functools.cache
+def _make_op(config: OpConfig) -> Op | ServingOp:
     return ServingOp(config) if get_spec(config.op).is_serving else Op(config)
 
 

@@ -1,7 +1,7 @@
 // A head's few tokens on a CPU, on a state that is advanced in place. A part of the state at a time
 // is converted into the nearest cache, taken through all tokens and written back. The operator's
-// template has Token, with `v` and `y`, load_token, and advance: `rows` vectors for a state whose
-// rows are contiguous, `columns` for one whose columns are.
+// template has Token, with `v` and `y`, load_token, skip_row, and advance: `rows` vectors for a
+// state whose rows are contiguous, `columns` for one whose columns are.
 namespace {
 
 constexpr int STAGE = {{stage_tokens}};  // tokens that are converted at once
@@ -71,8 +71,7 @@ void run_head(const Arguments& args, int64_t b, int64_t head, Workspace& work) {
       args.state_indices == nullptr ? b : static_cast<const int32_t*>(args.state_indices)[b];
   const auto row_of = [&](int64_t t) { return (b * args.T + t) * args.H + head; };
   if (slot < 0 || slot >= args.P) {
-    for (int64_t t = 0; t < args.T; ++t)
-      std::fill_n(static_cast<Element*>(args.y) + row_of(t) * N, N, Element{});
+    for (int64_t t = 0; t < args.T; ++t) skip_row(args, row_of(t));
     return;
   }
   StateElement* state = static_cast<StateElement*>(args.state) + (slot * args.H + head) * N * N;

@@ -1,7 +1,7 @@
 // The decode kernel of a recurrence: a few tokens a sequence, on a pool of states that is advanced
 // in place. A block has some rows of one head, which it reads and writes once; they wait for
 // nothing but the slot. How many rows a block has changes nothing in any of them. The operator's
-// template has the vectors of a token, load_token and run_token.
+// template has the vectors of a token, load_token, run_token and skip_value.
 namespace {
 
 constexpr int STAGE = {{stage_tokens}};  // tokens that a block has at once
@@ -17,57 +17,61 @@ using Lanes = RowLanes<N, STATE_IS_KV || sizeof(StateElement) == 4 ? 4 : 8>;
 template <int ROWS>
 constexpr int GROUPS = N / (WARPS * Lanes::ROW_LANES * ROWS);  // blocks of a head
 
-// Runs over a lane's part of a state in the order of its memory: work(at, i, j), with `at` how far
-// the neighbours i, j and on lie behind the part's first value.
-template <int ROWS, typename Work>
-__device__ __forceinline__ void for_neighbours(const Work& work) {
-#pragma unroll
-  for (int i = 0; i < (STATE_IS_KV ? 1 : ROWS); ++i)
-#pragma unroll
-    for (int j = 0; j < LANE_COLUMNS; j += STATE_IS_KV ? 1 : Lanes::KEYS)
-      work(static_cast<int>(state_index(i, Lanes::past(j))), i, j);
-}
+// What one access to memory takes of a row.
+using Keys = Neighbours<Pair<StateElement>, Lanes::KEYS / 2>;
 
-template <int ROWS>
-constexpr int NEIGHBOURS = STATE_IS_KV ? ROWS : Lanes::KEYS;
-
-// A lane's rows, the first of whose values lies at `from`.
+// A lane's rows, the first of whose values lies at `from`, in the order of memory.
 template <int ROWS>
 __device__ __forceinline__ void read_state(const StateElement* from,
-                                           float (&state)[ROWS][LANE_COLUMNS]) {
-  for_neighbours<ROWS>([&](int at, int i, int j) {
-    float values[NEIGHBOURS<ROWS>];
-    load_at<StateElement>(from, at, values);
+                                           LaneRows<StateElement, ROWS>& state) {
+  if constexpr (STATE_IS_KV) {
 #pragma unroll
-    for (int x = 0; x < NEIGHBOURS<ROWS>; ++x)
-      (STATE_IS_KV ? state[x][j] : state[i][j + x]) = values[x];
-  });
-}
-
-template <int ROWS>
-__device__ __forceinline__ void write_state(const float (&state)[ROWS][LANE_COLUMNS],
-                                            StateElement* to) {
-  for_neighbours<ROWS>([&](int at, int i, int j) {
-    float values[NEIGHBOURS<ROWS>];
+    for (int j = 0; j < LANE_COLUMNS; j += 2) {
+      float left[ROWS], right[ROWS];
+      load_at<StateElement>(from, state_index(0, Lanes::past(j)), left);
+      load_at<StateElement>(from, state_index(0, Lanes::past(j + 1)), right);
 #pragma unroll
-    for (int x = 0; x < NEIGHBOURS<ROWS>; ++x)
-      values[x] = STATE_IS_KV ? state[x][j] : state[i][j + x];
-    store_at<StateElement>(to, at, values);
-  });
-}
-
-// Between two tokens of one call the state is rounded as between two calls, so that both give the
-// same bits.
-template <int ROWS>
-__device__ __forceinline__ void round_state(float (&state)[ROWS][LANE_COLUMNS]) {
-#pragma unroll
-  for (int i = 0; i < ROWS; ++i)
-#pragma unroll
-    for (int j = 0; j < LANE_COLUMNS; ++j) {
-      StateElement stored;
-      store(stored, state[i][j]);
-      state[i][j] = load(stored);
+      for (int i = 0; i < ROWS; ++i)
+        store_pair<StateElement>(state.pairs[i][j / 2], {left[i], right[i]});
     }
+  } else {
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i)
+#pragma unroll
+      for (int j = 0; j < LANE_COLUMNS; j += Lanes::KEYS) {
+        const Keys keys = *reinterpret_cast<const Keys*>(from + state_index(i, Lanes::past(j)));
+#pragma unroll
+        for (int x = 0; x < Lanes::KEYS / 2; ++x) state.pairs[i][j / 2 + x] = keys.at[x];
+      }
+  }
+}
+
+template <int ROWS>
+__device__ __forceinline__ void write_state(const LaneRows<StateElement, ROWS>& state,
+                                            StateElement* to) {
+  if constexpr (STATE_IS_KV) {
+#pragma unroll
+    for (int j = 0; j < LANE_COLUMNS; j += 2) {
+      float left[ROWS], right[ROWS];
+#pragma unroll
+      for (int i = 0; i < ROWS; ++i) {
+        const float2 two = load_pair<StateElement>(state.pairs[i][j / 2]);
+        left[i] = two.x, right[i] = two.y;
+      }
+      store_at<StateElement>(to, state_index(0, Lanes::past(j)), left);
+      store_at<StateElement>(to, state_index(0, Lanes::past(j + 1)), right);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i)
+#pragma unroll
+      for (int j = 0; j < LANE_COLUMNS; j += Lanes::KEYS) {
+        Keys keys;
+#pragma unroll
+        for (int x = 0; x < Lanes::KEYS / 2; ++x) keys.at[x] = state.pairs[i][j / 2 + x];
+        *reinterpret_cast<Keys*>(to + state_index(i, Lanes::past(j))) = keys;
+      }
+  }
 }
 
 // ONE: there is one token, as there mostly is.
@@ -87,12 +91,12 @@ __global__ void __launch_bounds__(THREADS, ONE ? BLOCKS : 1) decode_kernel(const
   if (slot < 0 || slot >= args.P) {
     for (int64_t t = 0; t < length; ++t)
       for (int i = tile.column_lane; i < ROWS; i += Lanes::COLUMN_LANES)
-        store_at<Element>(args.y, ((first_token + t) * heads + head) * N + first_row + i, 0.0f);
+        skip_value(args, ((first_token + t) * heads + head) * N + first_row + i);
     return;
   }
   StateElement* const part = static_cast<StateElement*>(args.state) +
                              (slot * heads + head) * N * N + state_index(first_row, tile.column(0));
-  float state[ROWS][LANE_COLUMNS];
+  LaneRows<StateElement, ROWS> state;
   read_state(part, state);
 
   for (int64_t first = 0; first < length; first += STAGE) {
@@ -103,14 +107,9 @@ __global__ void __launch_bounds__(THREADS, ONE ? BLOCKS : 1) decode_kernel(const
     __syncthreads();
     for (int t = 0; t < count; ++t) {
       float y[ROWS];
-      run_token<4>(tile, tokens[t], first_row, state, y);
-      if (sizeof(StateElement) < sizeof(float) && first + t + 1 < length) round_state(state);
-      if (tile.column_lane == 0) {
-#pragma unroll
-        for (int i = 0; i < ROWS; ++i)
-          store_at<Element>(args.y, ((first_token + first + t) * heads + head) * N + first_row + i,
-                            y[i]);
-      }
+      run_token(tile, tokens[t], first_row, state, y);
+      if (tile.column_lane == 0)
+        store_at<Element>(args.y, ((first_token + first + t) * heads + head) * N + first_row, y);
     }
   }
   write_state(state, part);

@@ -39,6 +39,9 @@ __attribute__((noinline)) void load_token(const Arguments& args, int64_t row, in
   token.bonus = dot<Real, VECTORS>(u, token.r);
 }
 
+// The results of a row that is skipped.
+void skip_row(const Arguments& args, int64_t row) { clear_row<Element, N>(args.y, row); }
+
 // Takes COUNT rows, the first of which is row `first`, through a token.
 template <int COUNT>
 void advance_rows(Token& token, int first, Row* rows) {

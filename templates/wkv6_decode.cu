@@ -14,6 +14,9 @@ using namespace rwkv_jit;
 
 enum Vector { R, K, V, UK, KEEP, CHANGE, VECTORS };  // UK is u * k
 
+// Columns that the state is advanced by together: fewer need fewer registers.
+constexpr int AT_ONCE = 4;
+
 // One value of each vector of a token.
 __device__ __forceinline__ void load_token(const Arguments& args, int64_t t, int64_t head, int j,
                                            float (&token)[VECTORS][N]) {
@@ -29,21 +32,35 @@ __device__ __forceinline__ void load_token(const Arguments& args, int64_t t, int
   token[CHANGE][j] = decay.change;
 }
 
-// AT_ONCE: columns that the state is advanced by together.
-template <int AT_ONCE = LANE_COLUMNS, typename Lanes, int ROWS>
+// The results of a row that is skipped.
+__device__ __forceinline__ void skip_value(const Arguments& args, int64_t at) {
+  store_at<Element>(args.y, at, 0.0f);
+}
+
+template <typename Lanes, int ROWS>
 __device__ __forceinline__ void run_token(const Lanes& tile, const float (&token)[VECTORS][N],
-                                          int first_row, float (&state)[ROWS][LANE_COLUMNS],
+                                          int first_row, LaneRows<StateElement, ROWS>& state,
                                           float (&y)[ROWS]) {
   float v[ROWS], r[LANE_COLUMNS], uk[LANE_COLUMNS];
   tile.read(token[R], r);
   tile.read(token[UK], uk);
-  const float bonus = lane_dot(uk, r);
+  const float bonus = tile.row_sum(lane_dot(uk, r));
+  state.times(tile, r, y);
 #pragma unroll
   for (int i = 0; i < ROWS; ++i) {
     v[i] = token[V][first_row + i];
-    y[i] = tile.row_sum(fmaf(v[i], bonus, lane_dot(state[i], r)));
+    y[i] = fmaf(v[i], bonus, y[i]);
   }
-  advance<AT_ONCE>(tile, state, v, token[KEEP], token[CHANGE], token[K]);
+#pragma unroll
+  for (int first = 0; first < LANE_COLUMNS; first += AT_ONCE) {
+    float keep[AT_ONCE], change[AT_ONCE], k[AT_ONCE];
+    tile.read(token[KEEP], keep, first);
+    tile.read(token[CHANGE], change, first);
+    tile.read(token[K], k, first);
+    state.template advance<AT_ONCE>(first, [&](float s, int i, int j) {
+      return fmaf(s, keep[j], fmaf(s, change[j], v[i] * k[j]));
+    });
+  }
 }
 
 }  // namespace

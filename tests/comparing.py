@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -108,7 +109,11 @@ def random_call(
         "k": draw(*shape),
         "v": draw(*shape),
     }
-    if op == "wkv7":
+    if op == "wkv7_decode_fused":
+        # Decays below 1 in every convention.
+        tokens.update(a=draw(*shape), w0=-draw(heads, size).abs(), a0=draw(heads, size))
+        tokens.update(k_k=draw(heads, size), k_a=draw(heads, size))
+    elif op == "wkv7":
         kk = torch.nn.functional.normalize(draw(*shape), dim=-1)
         tokens.update(a=-kk, b=kk * torch.rand(shape, dtype=torch.float64))
     else:
@@ -124,6 +129,12 @@ def random_call(
         dy=draw(*shape),
         dfinal_state=draw(*states),
     )
+
+
+def run_step(op: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """What a call returns; several results side by side."""
+    results = op(*args, **kwargs)
+    return results if isinstance(results, torch.Tensor) else torch.cat(results, -1)
 
 
 def run(op: Op, call: Call, device: str, *, gradients: bool = True) -> dict[str, torch.Tensor]:

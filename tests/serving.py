@@ -35,9 +35,8 @@ def draw(
 ) -> tuple[Tokens, torch.Tensor]:
     """Tokens in the operator's dtype, and a pool of states."""
     size = op.config.head_size
-    call = random_call(
-        rows, length, heads, size, op=op.config.op.partition("_")[0], sequences=slots
-    )
+    drawn = op.config.op.removesuffix("_decode").removesuffix("_prefill")
+    call = random_call(rows, length, heads, size, op=drawn, sequences=slots)
     assert call.initial_state is not None
     w = call.tokens["w"]
     if op.config.decay == "log":

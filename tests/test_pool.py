@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from comparing import DECODE_OPS, random_call
+from comparing import DECODE_OPS, random_call, run_step
 from rwkv_jit import StatePool, get_op
 from rwkv_jit.errors import PoolError
 
@@ -165,8 +165,7 @@ def test_a_fork_decodes_on_as_its_parent_would_have(name: str) -> None:
 
     def step(indices: torch.Tensor, times: slice) -> torch.Tensor:
         part = [x[:, times].contiguous() if x.dim() == 4 else x for x in tokens]
-        y: torch.Tensor = op(*part, pool.states[0], indices)  # type: ignore[assignment]
-        return y
+        return run_step(op, *part, pool.states[0], indices)
 
     parent = pool.allocate()
     step(parent, slice(0, 3))

@@ -52,6 +52,7 @@ def test_operators_are_listed() -> None:
         "wkv5_decode",
         "wkv6_decode",
         "wkv7_decode",
+        "wkv7_decode_fused",
         "wkv5_prefill",
         "wkv6_prefill",
         "wkv7_prefill",
@@ -229,3 +230,22 @@ def test_first_use_in_a_warm_process_is_quick(session_cache: Path) -> None:
         for _ in range(3)
     )
     assert best < 0.4
+
+
+def test_threads_that_ask_at_once_get_the_same_object() -> None:
+    program = """
+import threading
+import torch
+from concurrent.futures import ThreadPoolExecutor
+from rwkv_jit import get_op
+
+names, start = ("wkv7", "wkv7_decode"), threading.Barrier(8)
+
+def ask(at):
+    start.wait()
+    return get_op(names[at % 2], head_size=64, dtype=torch.float32, device="cpu")
+
+with ThreadPoolExecutor(8) as pool:
+    assert len(set(pool.map(ask, range(8)))) == 2
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -94,7 +94,7 @@ def ours(case: Case, device: str) -> Contender:
 
     def call(tensors: Tensors) -> torch.Tensor:
         results: Any = op(**tensors)
-        y: torch.Tensor = results if is_serving(case.op) else results[0]
+        y: torch.Tensor = results if isinstance(results, torch.Tensor) else results[0]
         return y
 
     return Contender(

@@ -39,6 +39,8 @@ def draw(spec: OpSpec, config: OpConfig, shape: Shape, device: str) -> Tensors:
         )
         if tensor.name == "w":
             x = _decay(x, config.decay)
+        elif tensor.name == "w0":
+            x.zero_()  # w has it
         elif tensor.name == "a":
             x = -torch.nn.functional.normalize(x, dim=-1)
         elif tensor.name == "b":

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from .decode import on_pool
-from .sequences import Result
 from .wkv5 import wkv5
 from .wkv6 import wkv6
 from .wkv7 import wkv7
+from .wkv7_fused import wkv7_fused
 
-REFERENCES: Mapping[str, Callable[..., Result]] = {
+REFERENCES: Mapping[str, Callable[..., tuple[Any, ...]]] = {
     "wkv5": wkv5,
     "wkv6": wkv6,
     "wkv7": wkv7,
     "wkv5_decode": on_pool(wkv5),
     "wkv6_decode": on_pool(wkv6),
     "wkv7_decode": on_pool(wkv7),
+    "wkv7_decode_fused": on_pool(wkv7_fused),
     "wkv5_prefill": on_pool(wkv5, packed=True),
     "wkv6_prefill": on_pool(wkv6, packed=True),
     "wkv7_prefill": on_pool(wkv7, packed=True),

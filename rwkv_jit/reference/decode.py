@@ -8,18 +8,19 @@ from typing import Any
 
 import torch
 
-from .sequences import Result
+Results = tuple[Any, ...]
 
 
-def on_pool(recurrence: Callable[..., Result], *, packed: bool = False) -> Callable[..., Result]:
-    """A recurrence as a serving operator, which returns y and the pool as it is afterwards.
+def on_pool(recurrence: Callable[..., Results], *, packed: bool = False) -> Callable[..., Results]:
+    """A recurrence as a serving operator, which returns the recurrence's results, and the pool as
+    it is afterwards instead of the final state.
 
     It takes the tokens of `recurrence`, state [slots, H, N, N], if `packed` cu_seqlens [S + 1] or
     None, state_indices [B or S] or None, and the same options. What has an index that is no slot
-    has a y of 0.
+    has results of 0.
     """
 
-    def serve(*tensors: torch.Tensor | None, **options: Any) -> Result:
+    def serve(*tensors: torch.Tensor | None, **options: Any) -> Results:
         *tokens, state, bounds, indices = tensors if packed else (*tensors[:-1], None, tensors[-1])
         first = tokens[0]
         assert first is not None
@@ -30,17 +31,18 @@ def on_pool(recurrence: Callable[..., Result], *, packed: bool = False) -> Calla
         # uses[p, i]: the i-th has slot p. Nothing here has a shape that depends on values.
         uses = indices[None] == torch.arange(slots, device=state.device)[:, None]
         read = state[indices.long().clamp(0, max(slots - 1, 0))] if slots else state
-        y, final = recurrence(*tokens, read, True, bounds, **options)
-        assert final is not None
+        given = (*tokens, read, True, bounds) if packed else (*tokens, read, True)
+        *results, final = recurrence(*given, **options)
         if count == 0:
-            return y, state.to(final.dtype)
+            return *results, state.to(final.dtype)
         used = uses.any(0)[:, None]
         if bounds is not None:
             times = torch.arange(first.shape[1], device=state.device)
             whose = torch.searchsorted(bounds.long(), times, right=True) - 1
             used = used[whose.clamp(max=count - 1), 0][None]
-        y = torch.where(used[..., None, None], y, 0)
+        results = [torch.where(used[..., None, None], x, 0) for x in results]
         advanced = final[uses.int().argmax(1)]
-        return y, torch.where(uses.any(1)[:, None, None, None], advanced, state.to(final.dtype))
+        pool = torch.where(uses.any(1)[:, None, None, None], advanced, state.to(final.dtype))
+        return *results, pool
 
     return serve

@@ -40,6 +40,21 @@ struct Exponential {
   }
 };
 
+// Past it e^x is 0 (in float64 the smallest normal number).
+template <typename Real>
+constexpr Real LEAST = sizeof(Real) == sizeof(float) ? -88 : -708;
+
+template <typename Real, typename Vector>
+inline Vector bounded(Vector x, Real low, Real high) {
+  const Vector above = x < low ? Vector{} + low : x;
+  return above > high ? Vector{} + high : above;
+}
+
+template <typename Real, int BYTES, typename Vector>
+inline Vector sigmoid(Vector x) {
+  return 1 / (1 + Exponential<Real, BYTES>(bounded<Real>(-x, LEAST<Real>, -LEAST<Real>)).value);
+}
+
 // A token's decay factor d, as keep + change with keep 0 or 1: the state is advanced as
 // keep * S + (change * S + ...), which loses no digits of d near 1, or of the rest where d is near
 // 0. slope is dd/dw.
@@ -59,15 +74,16 @@ struct Decay {
       slope = one;
       return;
     }
-    Vector log_d = bounded(w, FAR, -LEAST), log_slope = one;  // log_slope is dlog d / dw
+    Vector log_slope = one;  // dlog d / dw
+    Vector log_d = bounded<Real>(w, FAR, -LEAST<Real>);
     if (KIND == LOGLOG) {
-      log_d = log_slope = -Exp(bounded(w, LEAST, Real(9.25))).value;
+      log_d = log_slope = -Exp(bounded<Real>(w, LEAST<Real>, 9.25)).value;
     } else if (KIND == LOGIT) {
-      const Vector gate = 1 / (1 + Exp(bounded(-w, LEAST, -LEAST)).value);
+      const Vector gate = sigmoid<Real, BYTES>(w);
       log_d = Real(-0.60653065971263342) * gate;  // -exp(-1/2)
       log_slope = log_d * (1 - gate);
     }
-    const Exp d(log_d < LEAST ? Vector{} + LEAST : log_d);
+    const Exp d(log_d < LEAST<Real> ? Vector{} + LEAST<Real> : log_d);
     split(d.value, d.less_one);
     slope = d.value * log_slope;
   }
@@ -76,20 +92,13 @@ struct Decay {
   Vector factor_less_one() const { return change + (keep - 1); }
 
  private:
-  // Past the first e^x is 0 (in float64 the smallest normal number); past the second d is 0 in any
-  // precision, and 0 * log d is 0 because log d is finite.
-  static constexpr Real LEAST = sizeof(Real) == sizeof(float) ? -88 : -708;
+  // Past it d is 0 in any precision, and 0 * log d is 0 because log d is finite.
   static constexpr Real FAR = -1e4;
 
   void split(Vector d, Vector less_one) {
     const auto far_from_one = less_one < Real(-0.5);
     keep = far_from_one ? Vector{} : Vector{} + 1;
     change = far_from_one ? d : less_one;
-  }
-
-  static Vector bounded(Vector x, Real low, Real high) {
-    const Vector above = x < low ? Vector{} + low : x;
-    return above > high ? Vector{} + high : above;
   }
 };
 

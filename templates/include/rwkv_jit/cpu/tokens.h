@@ -1,5 +1,6 @@
 #pragma once
 // Rows of N values between memory and the type that is computed in.
+#include <algorithm>
 #include <cstdint>
 
 #include "rwkv_jit/cpu/element.h"
@@ -17,6 +18,11 @@ template <typename Element, int N, typename Real>
 inline void store_row(const Real* from, void* to, int64_t row) {
   Element* target = static_cast<Element*>(to) + row * N;
   for (int j = 0; j < N; ++j) store(target[j], from[j]);
+}
+
+template <typename Element, int N>
+inline void clear_row(void* to, int64_t row) {
+  std::fill_n(static_cast<Element*>(to) + row * N, N, Element{});
 }
 
 // Rows of w and u, which are of the operator's type or float32, and of their gradients.

@@ -7,11 +7,11 @@ namespace rwkv_jit {
 
 constexpr int TOKENS = 16;         // of a chunk
 constexpr int CHANNELS = N;        // head size; the source that includes this defines it
-constexpr int ROW = CHANNELS + 8;  // of bf16 in shared memory; the padding keeps banks apart
+constexpr int ROW = CHANNELS + 8;  // in shared memory; the padding keeps banks apart
 constexpr int PADDED = 24;         // columns of a matrix [16 x 16] there
 constexpr float LOG2_E = 1.4426950408889634f;
-// log2 d inside the triangles. Eight tokens of it have to be in the range of the products' operands,
-// and for bf16 one such token leaves nothing of what was before it.
+// log2 d inside the triangles. Eight tokens of it have to be in the range of the products'
+// operands, and for bf16 one such token leaves nothing of what was before it.
 constexpr float STRONGEST = (IS_FP16 ? -0.61f : -8.0f) * LOG2_E;
 constexpr float SMALLEST_FACTOR = -100.0f;  // log2 d, where w is d
 

@@ -27,6 +27,8 @@ __device__ __forceinline__ float carry_rest(const Decay& decay, float& carry) {
   return near_one ? d : decay.d;
 }
 
+__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+
 template <DecayKind KIND>
 __device__ __forceinline__ Decay decay_of(float w) {
   if constexpr (KIND == FACTOR) return split_decay(w, w - 1.0f, 1.0f);
@@ -34,7 +36,7 @@ __device__ __forceinline__ Decay decay_of(float w) {
   if constexpr (KIND == LOGLOG) {
     log_d = -expf(w);
   } else if constexpr (KIND == LOGIT) {
-    const float gate = 1.0f / (1.0f + expf(-w));
+    const float gate = sigmoid(w);
     log_d = -0.60653065971263342f * gate;  // -exp(-1/2)
     log_slope = log_d * (1.0f - gate);
   }

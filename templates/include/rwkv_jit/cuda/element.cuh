@@ -3,6 +3,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <type_traits>
+
 #include "rwkv_jit/layout.h"
 
 namespace rwkv_jit {
@@ -46,6 +48,39 @@ __device__ __forceinline__ void store_at(void* to, int64_t at, const float (&val
 #pragma unroll
   for (int i = 0; i < COUNT; ++i) store(some.at[i], values[i]);
   *reinterpret_cast<Neighbours<Element, COUNT>*>(static_cast<Element*>(to) + at) = some;
+}
+
+// Two neighbours as registers hold them: 16-bit types share one.
+template <typename Element>
+struct PairOf {
+  using type = uint32_t;
+};
+template <>
+struct PairOf<float> {
+  using type = float2;
+};
+template <typename Element>
+using Pair = typename PairOf<Element>::type;
+
+template <typename Element>
+__device__ __forceinline__ float2 load_pair(const Pair<Element>& pair) {
+  if constexpr (std::is_same_v<Element, bf16>) {
+    return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
+  } else if constexpr (std::is_same_v<Element, fp16>) {
+    return __half22float2(*reinterpret_cast<const __half2*>(&pair));
+  } else {
+    return pair;
+  }
+}
+template <typename Element>
+__device__ __forceinline__ void store_pair(Pair<Element>& to, const float2& values) {
+  if constexpr (std::is_same_v<Element, bf16>) {
+    *reinterpret_cast<__nv_bfloat162*>(&to) = __floats2bfloat162_rn(values.x, values.y);
+  } else if constexpr (std::is_same_v<Element, fp16>) {
+    *reinterpret_cast<__half2*>(&to) = __floats2half2_rn(values.x, values.y);
+  } else {
+    to = values;
+  }
 }
 
 // w and u are of the operator's type or float32, and so are their gradients.

@@ -1,5 +1,6 @@
 #pragma once
-// Tensor-core products of elements with float sums, and the moves between shared memory and fragments.
+// Tensor-core products of elements with float sums, and the moves between shared memory and
+// fragments.
 // Lane l is row g = l / 4 and column pair q = l % 4 of a fragment.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

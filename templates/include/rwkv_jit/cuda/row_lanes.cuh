@@ -1,6 +1,7 @@
 #pragma once
 // Rows of the state for a few tokens: how a warp's lanes share them, and what a token does to them.
 #include "rwkv_jit/cuda/decay.cuh"
+#include "rwkv_jit/cuda/element.cuh"
 
 namespace rwkv_jit {
 
@@ -71,59 +72,40 @@ __device__ __forceinline__ float lane_dot(const float (&left)[LANE_COLUMNS],
   return even + odd;
 }
 
-// S a, one value a row, in every lane of the row.
-template <typename Lanes, int ROWS>
-__device__ __forceinline__ void state_times(const Lanes& tile,
-                                            const float (&state)[ROWS][LANE_COLUMNS],
-                                            const float* vector, float (&product)[ROWS]) {
-  float x[LANE_COLUMNS];
-  tile.read(vector, x);
-#pragma unroll
-  for (int i = 0; i < ROWS; ++i) product[i] = tile.row_sum(lane_dot(state[i], x));
-}
+// A lane's part of its rows, as it is stored, so that several tokens of one call give the same bits
+// as one each of several calls.
+template <typename Element, int ROWS>
+struct LaneRows {
+  Pair<Element> pairs[ROWS][LANE_COLUMNS / 2];
 
-// S <- S diag(d) + sa b^T + v k^T. AT_ONCE columns at a time: fewer need fewer registers.
-template <int AT_ONCE = LANE_COLUMNS, typename Lanes, int ROWS>
-__device__ __forceinline__ void advance(const Lanes& tile, float (&state)[ROWS][LANE_COLUMNS],
-                                        const float (&sa)[ROWS], const float (&v)[ROWS],
-                                        const float* keep_row, const float* change_row,
-                                        const float* b_row, const float* k_row) {
+  // S x, one value a row, in every lane of the row.
+  template <typename Lanes>
+  __device__ __forceinline__ void times(const Lanes& tile, const float (&x)[LANE_COLUMNS],
+                                        float (&product)[ROWS]) const {
 #pragma unroll
-  for (int first = 0; first < LANE_COLUMNS; first += AT_ONCE) {
-    float keep[AT_ONCE], change[AT_ONCE], b[AT_ONCE], k[AT_ONCE];
-    tile.read(keep_row, keep, first);
-    tile.read(change_row, change, first);
-    tile.read(b_row, b, first);
-    tile.read(k_row, k, first);
+    for (int i = 0; i < ROWS; ++i) {
+      float row[LANE_COLUMNS];
+#pragma unroll
+      for (int j = 0; j < LANE_COLUMNS; j += 2) {
+        const float2 two = load_pair<Element>(pairs[i][j / 2]);
+        row[j] = two.x, row[j + 1] = two.y;
+      }
+      product[i] = tile.row_sum(lane_dot(row, x));
+    }
+  }
+
+  // work(s, i, j) advances the value s of row i in column j, COUNT columns from `first` on.
+  template <int COUNT, typename Work>
+  __device__ __forceinline__ void advance(int first, const Work& work) {
 #pragma unroll
     for (int i = 0; i < ROWS; ++i)
 #pragma unroll
-      for (int j = 0; j < AT_ONCE; ++j) {
-        const float s = state[i][first + j];
-        state[i][first + j] = fmaf(s, keep[j], fmaf(s, change[j], fmaf(sa[i], b[j], v[i] * k[j])));
+      for (int j = 0; j < COUNT; j += 2) {
+        Pair<Element>& pair = pairs[i][(first + j) / 2];
+        const float2 two = load_pair<Element>(pair);
+        store_pair<Element>(pair, {work(two.x, i, j), work(two.y, i, j + 1)});
       }
   }
-}
-
-// S <- S diag(d) + v k^T.
-template <int AT_ONCE = LANE_COLUMNS, typename Lanes, int ROWS>
-__device__ __forceinline__ void advance(const Lanes& tile, float (&state)[ROWS][LANE_COLUMNS],
-                                        const float (&v)[ROWS], const float* keep_row,
-                                        const float* change_row, const float* k_row) {
-#pragma unroll
-  for (int first = 0; first < LANE_COLUMNS; first += AT_ONCE) {
-    float keep[AT_ONCE], change[AT_ONCE], k[AT_ONCE];
-    tile.read(keep_row, keep, first);
-    tile.read(change_row, change, first);
-    tile.read(k_row, k, first);
-#pragma unroll
-    for (int i = 0; i < ROWS; ++i)
-#pragma unroll
-      for (int j = 0; j < AT_ONCE; ++j) {
-        const float s = state[i][first + j];
-        state[i][first + j] = fmaf(s, keep[j], fmaf(s, change[j], v[i] * k[j]));
-      }
-  }
-}
+};
 
 }  // namespace rwkv_jit
