@@ -219,8 +219,8 @@ HEAD = torch.zeros(2, 64)
         (
             lambda: rwkv_lm.RUN_CUDA_RWKV7g(*[R] * 6, HEAD_SIZE=96),
             (
-                "RUN_CUDA_RWKV7g: q has shape [2, 4, 128], but must be [B, T, C] with C a multiple of "
-                "the head size 96; reshape it, or check the head size"
+                "RUN_CUDA_RWKV7g: q has shape [2, 4, 128], but must be [B, T, C] with C a multiple "
+                "of the head size 96; reshape it, or check the head size"
             ),
         ),
         (
