@@ -10,6 +10,7 @@ results of both ways differ by more than bfloat16 explains there are no times.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import subprocess
 import sys
@@ -87,8 +88,12 @@ def results(client: str, way: str, arguments: argparse.Namespace) -> dict[str, A
 
 
 def relative_rms(value: torch.Tensor, truth: torch.Tensor) -> float:
-    """RMS of the difference over RMS of the truth."""
-    return float((value.double() - truth.double()).norm() / truth.double().norm())
+    """RMS of the difference over RMS of the truth; infinite where that is no number."""
+    difference = float((value.double() - truth.double()).norm())
+    size = float(truth.double().norm())
+    if difference == 0:
+        return 0.0
+    return difference / size if size > 0 and math.isfinite(difference) else math.inf
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import migration
     [
         (0.01, "| x070 | training step | 3.00 | 1.50 | 2.00 | logits 0.0e+00, dw 1.0e-02 |"),
         (0.2, "| x070 | not timed | | | | logits 0.0e+00, dw 2.0e-01 |"),
-        (float("nan"), "| x070 | not timed | | | | logits 0.0e+00, dw nan |"),
+        (float("nan"), "| x070 | not timed | | | | logits 0.0e+00, dw inf |"),
     ],
 )
 def test_times_are_printed_only_where_results_are_equal(
