@@ -7,8 +7,9 @@ travels as its slug. An autograd.Function stands outside them.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from .spec import EntrySpec, OpSpec, TensorSpec
 
 _LIBRARY = torch.library.Library("rwkv_jit", "DEF")
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
+_NOWHERE: Mapping[str, torch.Tensor] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +98,7 @@ def _register_sequence(spec: OpSpec, entry_name: str) -> Callable[..., Sequence[
     """Register an entry that allocates all that it writes."""
 
     def run(*call: Any) -> tuple[torch.Tensor, ...]:
-        return _run(spec, entry_name, call)
+        return run_entry(spec, entry_name, call)
 
     def fake(*call: Any) -> tuple[torch.Tensor, ...]:
         return _Call(spec, entry_name, call).allocate()
@@ -176,10 +178,12 @@ class _Call:
         first: torch.Tensor = call[0]
         self.device = first.device
 
-    def allocate(self) -> tuple[torch.Tensor, ...]:
+    def allocate(self, buffers: Mapping[str, torch.Tensor] = _NOWHERE) -> tuple[torch.Tensor, ...]:
         """Every output, uninitialised; with no elements where it is not wanted."""
         return tuple(
-            output.empty(
+            buffers[output.name]
+            if output.name in buffers
+            else output.empty(
                 self.sizes,
                 self.tensors,
                 self.device,
@@ -189,10 +193,20 @@ class _Call:
         )
 
 
-def _run(spec: OpSpec, entry_name: str, arguments: Sequence[Any]) -> tuple[torch.Tensor, ...]:
+def run_entry(
+    spec: OpSpec,
+    entry_name: str,
+    arguments: Sequence[Any],
+    buffers: Mapping[str, torch.Tensor] = _NOWHERE,
+) -> tuple[torch.Tensor, ...]:
+    """What the registered op of an entry does with these arguments.
+
+    buffers: what outputs are to be written into, by name: of their dtype and as many elements,
+        contiguous, aligned for vector loads, and apart from the inputs.
+    """
     call = _Call(spec, entry_name, arguments)
     kernel = KERNELS.get(call.slug, entry_name)
-    outputs = call.allocate()
+    outputs = call.allocate(buffers)
     tensors = {name: launchable(tensor) for name, tensor in call.tensors.items()}
     for output, tensor in zip(call.plan.outputs, outputs, strict=True):
         tensors[output.name] = tensor if call.wanted.get(output.name, True) else None

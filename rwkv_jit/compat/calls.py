@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 
+from ..arguments import check_arguments, dtype_of, entry_sizes
+from ..autograd import run_entry
 from ..errors import ArgumentError
-from .extensions import SIZES, Function
-from .heads import batched_state, run_op, shaped
+from ..launch import ALIGNMENT
+from ..ops import get_spec
+from ..settings import current_settings
+from .extensions import Function
+from .received import Received
+from .tensors import operator_for
 
-_INPUTS = {"wkv7": "rwkvab", "wkv6": "rwkvu", "wkv5": "rwkvu"}
+_STATES = ("final_state", "dinitial_state")
+Tensors = dict[str, torch.Tensor]
 
 
 def call(function: Function, *args: Any) -> None:
@@ -19,141 +28,155 @@ def call(function: Function, *args: Any) -> None:
     Raises ArgumentError for tensors that do not fit, and what `get_op` and its operators raise.
     """
     values = {ours: x for (_, ours, _), x in zip(function.arguments, args, strict=True)}
-    made = _Call(function, values)
+    made = _Call(Received(function, values))
     results = made.gradients() if "dy" in values else made.results()
     for _, ours, written in function.arguments:
-        if written:
-            made.write(ours, results.get(ours))
+        if written and ours in results:
+            made.write(ours, results[ours])
 
 
 class _Call:
-    """The arguments of one call, by our names."""
+    """One call. Kernels write into upstream's buffers where they can; where its buffer for what its
+    backward reads has room, the forward leaves our checkpoints there, and the backward needs no
+    forward of its own. The reference keeps nothing."""
 
-    def __init__(self, function: Function, values: dict[str, Any]) -> None:
-        self._op = function.extension.op
-        self._title = f"torch.ops.{function.extension.namespace}.{function.name}"
-        self._values = values
-        self._shape = self._token_shape()
-        self._decay = function.extension.decay
-        # What the gradient of the decay in our convention is to be multiplied by for upstream's.
-        self._slope: torch.Tensor | None = None
-        self._inputs = {name: self._input(name) for name in _INPUTS[self._op]}
-        self._state = self._initial_state()
+    def __init__(self, given: Received) -> None:
+        self._given = given
+        self._spec = get_spec(given.op)
+        self._op = operator_for(given.op, given.op, given.tokens["r"], decay=given.decay)
+        self._state_dtype = dtype_of("state", self._op.config, {})
+        self._runs_reference = current_settings().mode == "reference"
+        self._kept = None if self._runs_reference else self._checkpoints()
+        self._state = given.initial_state(needed=self._kept is None)
+        self._inputs: dict[str, torch.Tensor | None] = {
+            **given.tokens,
+            "initial_state": self._state,
+            "cu_seqlens": None,
+        }
+        check_arguments(self._spec, self._op.config, self._inputs)
 
-    def results(self) -> dict[str, torch.Tensor]:
-        tokens = list(self._inputs.values())
-        with torch.no_grad():
-            y, final_state = run_op(self._op, tokens, self._state, decay=self._decay)
-        found = {"y": y, "final": final_state, "state": final_state}
-        if "s" in self._values and self._state is not None:
+    def results(self) -> Tensors:
+        values = self._given.values
+        if self._runs_reference:
+            with torch.no_grad():
+                y, final_state = self._op(*self._given.tokens.values(), self._state, True)
+            assert final_state is not None, "it was asked for"
+            found = {"y": y, "final_state": final_state}
+        else:
+            wanted = [] if self._kept is None else ["checkpoints"]
+            if not {"final_state", "state"}.isdisjoint(values):
+                wanted.append("final_state")
+            found = self._run("forward", self._inputs, wanted)
+        found["state"] = found["final_state"]
+        if self._kept is None and "s" in values and self._state is not None:
             # Upstream's backward is not given the state, but this.
             found["s"] = self._state
         return found
 
-    def gradients(self) -> dict[str, torch.Tensor]:
-        leaves = {name: x.detach() for name, x in self._inputs.items()}
-        tokens, state = list(leaves.values()), None
-        if self._state is not None:
-            state = leaves["state"] = self._state.detach()
-        wanted = [name for name in leaves if f"d{name}" in self._values]
-        for name in wanted:
-            leaves[name].requires_grad_()
-        with torch.enable_grad():
-            y, final_state = run_op(self._op, tokens, state, decay=self._decay)
-        outputs, given = [y], [self._shaped("dy", y.shape).to(y.dtype)]
-        if "dfinal" in self._values:
-            outputs.append(final_state)
-            given.append(self._shaped("dfinal", final_state.shape).to(final_state.dtype))
-        grads = torch.autograd.grad(outputs, [leaves[name] for name in wanted], given)
-        found = {f"d{name}": grad for name, grad in zip(wanted, grads, strict=True)}
-        if self._slope is not None:
-            found["dw"] = found["dw"] * self._slope
+    def gradients(self) -> Tensors:
+        given = self._given
+        flowing = {"dy": given.shaped("dy", given.shape).to(given.tokens["r"].dtype)}
+        if "dfinal_state" in given.values:
+            dfinal = given.shaped("dfinal_state", given.state_shape)
+            flowing["dfinal_state"] = dfinal.to(self._state_dtype)
+        if self._runs_reference:
+            found = self._reference_gradients(flowing)
+        else:
+            checkpoints = self._kept
+            if checkpoints is None:
+                checkpoints = self._run("forward", self._inputs, ("checkpoints",))["checkpoints"]
+            every = {**self._inputs, **flowing, "checkpoints": checkpoints}
+            found = self._run("backward", every, given.written)
+        if given.slope is not None:
+            found["dw"] = found["dw"] * given.slope
         return found
 
-    def write(self, name: str, value: torch.Tensor | None) -> None:
-        """Into the buffer of that name; zeros where there is nothing to write."""
-        buffer: torch.Tensor = self._values[name]
-        batch = self._shape[0]
-        if value is None:
-            buffer.zero_()
-        elif name == "s":
-            self._kept_state(buffer.zero_()).copy_(value)
+    def write(self, name: str, value: torch.Tensor) -> None:
+        """Into the buffer of that name, unless it is there."""
+        buffer: torch.Tensor = self._given.values[name]
+        if value is buffer:
+            return
+        if name == "s":
+            self._given.waiting_state().copy_(value)
         elif buffer.numel() == value.numel():
             buffer.copy_(value.reshape(buffer.shape))
-        elif buffer.dim() > 1 and buffer.shape[0] == batch and buffer[0].numel() == value.numel():
+        elif buffer.dim() > 1 and buffer.shape[0] == self._given.shape[0] and (
+            buffer[0].numel() == value.numel()
+        ):  # fmt: skip
             # A row for each sequence, which the caller adds up: all of it is in the first.
             buffer.zero_()
             buffer[0].copy_(value.reshape(buffer.shape[1:]))
         else:
             raise ArgumentError(
-                f"{self._title}: the buffer for {name} has shape {list(buffer.shape)}, but must "
-                f"hold {list(value.shape)}"
+                f"{self._given.title}: the buffer for {name} has shape {list(buffer.shape)}, but "
+                f"must hold {list(value.shape)}"
             )
 
-    def _token_shape(self) -> tuple[int, ...]:
-        if "B" not in self._values:
-            shape = tuple(self._values["r"].shape)
-            if len(shape) != 4:
-                raise ArgumentError(
-                    f"{self._title}: r has shape {list(shape)}, but must be [B, T, H, N]"
-                )
-            return shape
-        batch, length, channels, heads = (int(self._values[name]) for name in SIZES)
-        if heads < 1 or channels % heads != 0:
-            raise ArgumentError(
-                f"{self._title}: C={channels} must be a multiple of H={heads}, the number of heads"
-            )
-        return batch, length, heads, channels // heads
+    def _run(
+        self,
+        entry_name: str,
+        given: Mapping[str, torch.Tensor | None],
+        wanted: Collection[str],
+    ) -> Tensors:
+        """The outputs of an entry. wanted: the optional ones among them."""
+        entry = self._spec.entries[entry_name]
+        arguments = [given.get(tensor.name) for tensor in entry.inputs]
+        flags = [name in wanted for name in entry.optional_outputs]
+        names = [tensor.name for tensor in entry.outputs]
+        buffers = {name: x for name in names if (x := self._buffer(name)) is not None}
+        call = (*arguments, self._op.config.slug, *flags)
+        return dict(zip(names, run_entry(self._spec, entry_name, call, buffers), strict=True))
 
-    def _shaped(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        return shaped(self._title, name, self._values[name], shape)
-
-    def _input(self, name: str) -> torch.Tensor:
-        of_a_head = name == "u" or (name == "w" and self._op == "wkv5")
-        shape = self._shape[2:] if of_a_head else self._shape
-        if "B" not in self._values:
-            # They have their shape, and the operator will see whether it is right.
-            x: torch.Tensor = self._values[name]
-            return x
-        if name != "w":
-            return self._shaped(name, shape)
-        if "factor" in self._values:
-            return self._factor(shape)
-        w = self._shaped("w", shape)
-        if self._op == "wkv6" and w.dtype == torch.float32 != self._values["r"].dtype:
-            # RWKV-CUDA and RWKV-PEFT pass -exp(w) in float32, and expect the gradient of w.
-            self._decay, self._slope = "log", w
-        return w
-
-    def _factor(self, shape: tuple[int, ...]) -> torch.Tensor:
-        factor = self._shaped("factor", shape)
-        if self._op == "wkv6":
-            self._decay = "log"
-            return factor.log()
-        self._decay = "factor"
-        if "log" in self._values:
-            self._slope = factor * self._shaped("log", shape)
-        return factor
-
-    def _initial_state(self) -> torch.Tensor | None:
-        tokens = self._inputs["r"]
-        if "state" in self._values:
-            state = self._values["state"]
-        elif "dstate" in self._values:
-            state = self._kept_state(self._values["s"])
-        else:
+    def _buffer(self, name: str) -> torch.Tensor | None:
+        """Where an output is to be written, if a kernel can do so."""
+        if name == "checkpoints":
+            return self._kept
+        buffer: torch.Tensor | None = self._given.values.get(name)
+        if buffer is None:
             return None
-        batch, _, heads, size = self._shape
-        if state.numel() == batch * heads * size * size:
-            state = state.reshape(batch, heads, size, size)
-        return batched_state(self._title, "state", state, tokens)
+        if name in _STATES:
+            count, dtype = math.prod(self._given.state_shape), self._state_dtype
+        else:
+            like = self._given.tokens["r" if name == "y" else name.removeprefix("d")]
+            count, dtype = like.numel(), like.dtype
+        return buffer if self._takes(buffer, count, dtype) else None
 
-    def _kept_state(self, s: torch.Tensor) -> torch.Tensor:
-        """The part of upstream's buffer in which the initial state waits for the backward."""
-        batch, _, heads, size = self._shape
-        if s.dim() != 5 or s.shape[2] < 1 or s[:, :, 0].shape != (batch, heads, size, size):
-            raise ArgumentError(
-                f"{self._title}: s has shape {list(s.shape)}, but must be [B, H, chunks, N, N] "
-                f"with B={batch}, H={heads}, N={size} and a chunk at least"
-            )
-        return s[:, :, 0]
+    def _takes(self, buffer: torch.Tensor, count: int, dtype: torch.dtype) -> bool:
+        return (
+            buffer.numel() == count
+            and buffer.dtype == dtype
+            and buffer.device == self._given.tokens["r"].device
+            and buffer.is_contiguous()
+            and buffer.data_ptr() % ALIGNMENT == 0
+        )
+
+    def _checkpoints(self) -> torch.Tensor | None:
+        """Upstream's buffer for what its backward reads, as ours, if it has the room."""
+        s: torch.Tensor | None = self._given.values.get("s")
+        if s is None or not s.is_contiguous():
+            return None
+        spacing = self._spec.checkpoint_spacing(self._op.config, "forward")
+        sizes = entry_sizes(self._spec.called, spacing, self._given.tokens)
+        shape = (sizes["C"], sizes["H"], sizes["N"], sizes["N"])
+        begin = s.view(-1)[: math.prod(shape)]
+        dtype = dtype_of("checkpoint", self._op.config, {})
+        return begin.view(shape) if self._takes(begin, math.prod(shape), dtype) else None
+
+    def _reference_gradients(self, flowing: Tensors) -> Tensors:
+        leaves = {name: x.detach() for name, x in self._given.tokens.items()}
+        tokens, state = list(leaves.values()), None
+        if self._state is not None:
+            state = leaves["initial_state"] = self._state.detach()
+        wanted = [name for name in leaves if f"d{name}" in self._given.written]
+        for name in wanted:
+            leaves[name].requires_grad_()
+        with torch.enable_grad():
+            y, final_state = self._op(*tokens, state, True)
+        assert final_state is not None, "it was asked for"
+        outputs = {"dy": y, "dfinal_state": final_state}
+        grads = torch.autograd.grad(
+            [outputs[name] for name in flowing],
+            [leaves[name] for name in wanted],
+            [*flowing.values()],
+        )
+        return {f"d{name}": grad for name, grad in zip(wanted, grads, strict=True)}

@@ -61,8 +61,8 @@ EXTENSIONS: Mapping[str, Extension] = MappingProxyType({
         op="wkv7",
         namespace="rwkv7_state_clampw",
         functions={
-            "forward": "s0:state r w k v a b y! s! sa!",
-            "backward": "r w k v a b dy s sa ds0:dstate! dr! dw! dk! dv! da! db!",
+            "forward": "s0:initial_state r w k v a b y! s! sa!",
+            "backward": "r w k v a b dy s sa ds0:dinitial_state! dr! dw! dk! dv! da! db!",
         },
         decay="logit",
     ),
@@ -70,8 +70,9 @@ EXTENSIONS: Mapping[str, Extension] = MappingProxyType({
         op="wkv7",
         namespace="rwkv7_statepassing_clampw",
         functions={
-            "forward": "s0:state r w k v a b y! sT:final! s! sa!",
-            "backward": "r w k v a b dy dsT:dfinal s sa ds0:dstate! dr! dw! dk! dv! da! db!",
+            "forward": "s0:initial_state r w k v a b y! sT:final_state! s! sa!",
+            "backward": "r w k v a b dy dsT:dfinal_state s sa "
+            "ds0:dinitial_state! dr! dw! dk! dv! da! db!",
         },
         decay="logit",
     ),
@@ -98,8 +99,8 @@ EXTENSIONS: Mapping[str, Extension] = MappingProxyType({
         op="wkv6",
         namespace="wkv6state",
         functions={
-            "forward": "B T C H r k v w u s:state y!",
-            "backward": f"B T C H r k v w u s:state {_BONUS_GRADIENTS} gs:dstate!",
+            "forward": "B T C H r k v w u s:initial_state y!",
+            "backward": f"B T C H r k v w u s:initial_state {_BONUS_GRADIENTS} gs:dinitial_state!",
         },
     ),
     "wkv5": Extension(

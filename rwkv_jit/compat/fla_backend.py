@@ -13,8 +13,8 @@ from ..arguments import check_arguments
 from ..errors import ArgumentError, ConfigError
 from ..ops import get_spec
 from . import fla
-from .fla import Result
-from .tensors import as_state
+from .fla_calls import Result, declared_bound, refuse_context
+from .tensors import as_state, operator_for
 
 # Before FLA's other backends for NVIDIA GPUs, whose priority is 5.
 _PRIORITY = 1
@@ -89,8 +89,11 @@ def _verify(
     """Whether `chunk_dplr_delta_rule` takes these arguments; raises what it would."""
     del scale, output_final_state, cu_seqlens_cpu, chunk_size, disable_recompute
     function = "chunk_dplr_delta_rule"
-    fla.refuse_context(function, cp_context)
-    op = fla.operator(function, "wkv7", q, k, v, fla.declared_bound(safe_gate, lower_bound))
+    refuse_context(function, cp_context)
+    if k.shape[-1] != v.shape[-1]:
+        return False, "K is not V"
+    bound = declared_bound(safe_gate, lower_bound)
+    op = operator_for(function, "wkv7", q, decay="log", state_layout="kv", lower_bound=bound)
     named = {"r": q, "w": gk, "k": k, "v": v, "a": a, "b": b, "cu_seqlens": cu_seqlens}
     state = as_state(op, initial_state)
     check_arguments(get_spec("wkv7"), op.config, {**named, "initial_state": state})

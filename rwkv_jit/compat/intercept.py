@@ -62,10 +62,11 @@ def intercept() -> Interception:
     Call it before the program imports `load`, or run the program by `rwkv-jit run`. What is
     replaced is said on standard error, once.
 
-    A forward writes y; buffers for upstream's own backward are filled with zeros, but for an
-    initial state that the backward is not given otherwise. A backward computes the forward again.
-    Gradients of w and u that upstream keeps for each sequence of the batch are summed in the first
-    row, and zero in the others.
+    Kernels write into the program's tensors. A forward that is given a buffer for upstream's own
+    backward leaves there what ours reads, if it has room, else the initial state if the backward is
+    not given it; without room a backward computes the forward again. Gradients of w and u that
+    upstream keeps for each sequence of the batch are summed in the first row, and zero in the
+    others.
 
     Returns what undoes it, which is a context manager too.
     """

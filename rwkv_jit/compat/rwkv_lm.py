@@ -15,10 +15,8 @@ from typing import Any
 import torch
 
 from ..errors import ArgumentError
-from .heads import batched_state, run_op, shaped, split_heads
-from .tensors import check_is_tensor
-
-_TOKENS = {"wkv5": ("r", "k", "v"), "wkv6": ("r", "k", "v", "w")}
+from .channels import run_op, with_bonus, without_bonus
+from .tensors import batched_state, check_is_tensor, split_heads
 
 
 def RUN_CUDA_RWKV7g(  # noqa: N802
@@ -36,7 +34,7 @@ def RUN_CUDA_RWKV7g(  # noqa: N802
 
     Returns y [B, T, C]. Upstream: bfloat16 and T % 16 == 0 alone.
     """
-    return _wkv7("RUN_CUDA_RWKV7g", (q, w, k, v, a, b), HEAD_SIZE, names="qwkvab")[0]
+    return without_bonus("RUN_CUDA_RWKV7g", (q, w, k, v, a, b), HEAD_SIZE, names="qwkvab")[0]
 
 
 def RWKV7_CLAMPW_CUDA(  # noqa: N802
@@ -49,7 +47,7 @@ def RWKV7_CLAMPW_CUDA(  # noqa: N802
     HEAD_SIZE: int = 64,
 ) -> torch.Tensor:
     """RWKV-7 from a zero state, with bounded decays: as RUN_CUDA_RWKV7g, but w is "logit"."""
-    return _wkv7("RWKV7_CLAMPW_CUDA", (r, w, k, v, a, b), HEAD_SIZE, decay="logit")[0]
+    return without_bonus("RWKV7_CLAMPW_CUDA", (r, w, k, v, a, b), HEAD_SIZE, decay="logit")[0]
 
 
 def RWKV7_STATE_CLAMPW_CUDA(  # noqa: N802
@@ -66,7 +64,7 @@ def RWKV7_STATE_CLAMPW_CUDA(  # noqa: N802
 
     Returns y [B, T, C]. Upstream takes [B, H, N, N] in float32 alone.
     """
-    return _wkv7(
+    return without_bonus(
         "RWKV7_STATE_CLAMPW_CUDA", (r, w, k, v, a, b), HEAD_SIZE, decay="logit", s0=s0
     )[0]  # fmt: skip
 
@@ -85,7 +83,7 @@ def RWKV7_STATE_PASSING_CLAMPW_CUDA(  # noqa: N802
 
     The state is [B, H, N, N] in float32 (float64 for float64).
     """
-    return _wkv7(
+    return without_bonus(
         "RWKV7_STATE_PASSING_CLAMPW_CUDA", (r, w, k, v, a, b), HEAD_SIZE, decay="logit", s0=s0
     )  # fmt: skip
 
@@ -106,7 +104,7 @@ def RUN_RWKV7_STATE(  # noqa: N802
     Returns (y [B, T, C], the final state [B, H, N, N]). Upstream, y is [B, T, H, N] or the state is
     None, depending on what it runs on.
     """
-    return _wkv7("RUN_RWKV7_STATE", (r, w, k, v, a, b), HEAD_SIZE, s0=s, state_name="s")
+    return without_bonus("RUN_RWKV7_STATE", (r, w, k, v, a, b), HEAD_SIZE, s0=s, state_name="s")
 
 
 def RUN_RWKV7_INFCTX(  # noqa: N802
@@ -121,7 +119,7 @@ def RUN_RWKV7_INFCTX(  # noqa: N802
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """RWKV-PEFT's training over a long context in pieces: as RUN_RWKV7_STATE, but states have axes
     (key, value), as FLA's, on which upstream runs this one."""
-    return _wkv7(
+    return without_bonus(
         "RUN_RWKV7_INFCTX", (r, w, k, v, a, b), HEAD_SIZE, s0=s, state_name="s", state_layout="kv"
     )  # fmt: skip
 
@@ -146,10 +144,10 @@ def RWKV7_OP(  # noqa: N802
     check_is_tensor("RWKV7_OP", "state", state)
     if state.dim() != 3:
         raise ArgumentError(f"RWKV7_OP: state has shape {list(state.shape)}, but must be [H, N, N]")
-    tokens = split_heads(
-        "RWKV7_OP", dict(zip("rwkvab", (r, w, k, v, a, b), strict=True)), state.shape[-1], "[T, C]"
-    )
-    values = [x[None] for x in tokens.values()]
+    values = [
+        split_heads("RWKV7_OP", name, x, state.shape[-1], "[T, C]")[None]
+        for name, x in zip("rwkvab", (r, w, k, v, a, b), strict=True)
+    ]
     y, final_state = run_op("wkv7", values, batched_state("RWKV7_OP", "state", state, values[0]))
     state.copy_(final_state[0])
     return y[0].flatten(-2)
@@ -178,9 +176,9 @@ def RUN_CUDA_RWKV6(  # noqa: N802
             "were given in order"
         )
     if not sizes:
-        batch, length, heads, size = split_heads(name, {"r": given["r"]}, HEAD_SIZE)["r"].shape
+        batch, length, heads, size = split_heads(name, "r", given["r"], HEAD_SIZE).shape
         sizes = (batch, length, heads * size, heads)
-    return _with_bonus(name, "wkv6", sizes, given)[0]
+    return with_bonus(name, "wkv6", sizes, given)[0]
 
 
 def RUN_CUDA_RWKV6_STATE(  # noqa: N802
@@ -203,7 +201,7 @@ def RUN_CUDA_RWKV6_STATE(  # noqa: N802
     has not, (y, the final state [B, H, N, N] in float32).
     """
     tokens = {"r": r, "k": k, "v": v, "w": w, "u": u}
-    y, final_state = _with_bonus("RUN_CUDA_RWKV6_STATE", "wkv6", (B, T, C, H), tokens, s)
+    y, final_state = with_bonus("RUN_CUDA_RWKV6_STATE", "wkv6", (B, T, C, H), tokens, s)
     return (y, final_state) if output_final_state else y
 
 
@@ -226,56 +224,4 @@ def RUN_CUDA_RWKV5(  # noqa: N802
     Returns y [B, T, C]. Upstream: bfloat16 alone.
     """
     tokens = {"r": r, "k": k, "v": v, "w": w, "u": u}
-    return _with_bonus("RUN_CUDA_RWKV5", "wkv5", (B, T, C, H), tokens)[0]
-
-
-def _wkv7(
-    function: str,
-    tokens: tuple[torch.Tensor, ...],
-    head_size: int,
-    *,
-    names: str = "rwkvab",
-    decay: str = "loglog",
-    s0: torch.Tensor | None = None,
-    state_name: str = "s0",
-    state_layout: str = "vk",
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """y [B, T, C] and the final state, for tokens in the order of our operator."""
-    split = split_heads(function, dict(zip(names, tokens, strict=True)), head_size)
-    values = list(split.values())
-    state = None if s0 is None else batched_state(function, state_name, s0, values[0])
-    y, final_state = run_op("wkv7", values, state, decay=decay, state_layout=state_layout)
-    return y.flatten(-2), final_state
-
-
-def _with_bonus(
-    function: str,
-    op: str,
-    sizes: tuple[int, ...],
-    tensors: dict[str, torch.Tensor],
-    state: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """RWKV-5 and RWKV-6: y [B, T, C] and the final state. sizes: B, T, C and H."""
-    batch, length, channels, heads = sizes
-    if heads < 1 or channels % heads != 0:
-        raise ArgumentError(
-            f"{function}: C={channels} must be a multiple of H={heads}, the number of heads"
-        )
-    size = channels // heads
-    # As [B, T, C] first, for a message in the caller's terms.
-    tokens = {name: tensors[name] for name in _TOKENS[op]}
-    for name, x in tokens.items():
-        check_is_tensor(function, name, x)
-        if x.shape != (batch, length, channels):
-            raise ArgumentError(
-                f"{function}: {name} has shape {list(x.shape)}, but must be [B, T, C] with "
-                f"B={batch}, T={length} and C={channels}"
-            )
-    split = split_heads(function, tokens, size)
-    for name in ("w", "u"):
-        if name not in split:
-            split[name] = shaped(function, name, tensors[name], (heads, size))
-    values = [split[name] for name in "rwkvu"]
-    start = None if state is None else batched_state(function, "s", state, values[0])
-    y, final_state = run_op(op, values, start)
-    return y.flatten(-2), final_state
+    return with_bonus("RUN_CUDA_RWKV5", "wkv5", (B, T, C, H), tokens)[0]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 
 from ..errors import ArgumentError
@@ -67,15 +70,17 @@ def check_is_tensor(function: str, name: str, value: object) -> None:
         raise ArgumentError(f"{function}: {name} is a {type(value).__name__}, not a tensor")
 
 
-def split_heads(function: str, name: str, x: torch.Tensor, head_size: int) -> torch.Tensor:
-    """[B, T, C] as [B, T, H, N], a view where strides allow."""
+def split_heads(
+    function: str, name: str, x: torch.Tensor, head_size: int, shape: str = "[B, T, C]"
+) -> torch.Tensor:
+    """A tensor of `shape`, whose last axis C becomes H, N; a view where strides allow."""
     check_is_tensor(function, name, x)
-    if x.dim() != 3 or x.shape[-1] % head_size:
+    if x.dim() != len(shape.split(",")) or head_size < 1 or x.shape[-1] % head_size:
         raise ArgumentError(
-            f"{function}: {name} has shape {list(x.shape)}, but must be [B, T, C] with C a "
+            f"{function}: {name} has shape {list(x.shape)}, but must be {shape} with C a "
             f"multiple of the head size {head_size}; reshape it, or check the head size"
         )
-    return x.reshape(*x.shape[:2], x.shape[2] // head_size, head_size)
+    return x.reshape(*x.shape[:-1], x.shape[-1] // head_size, head_size)
 
 
 def split_channels(function: str, name: str, x: torch.Tensor, head_size: int) -> torch.Tensor:
@@ -89,6 +94,36 @@ def split_channels(function: str, name: str, x: torch.Tensor, head_size: int) ->
             f"multiple of the head size {head_size}; reshape it, or check the head size"
         )
     return x.reshape(x.shape[0] // head_size, head_size)
+
+
+def shaped(function: str, name: str, x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """`x`, whose elements must be as many as those of `shape`, in that shape."""
+    check_is_tensor(function, name, x)
+    if x.numel() != math.prod(shape):
+        raise ArgumentError(
+            f"{function}: {name} has shape {list(x.shape)}, but must hold {list(shape)}"
+        )
+    return x.reshape(shape)
+
+
+def batched_state(
+    function: str, name: str, state: torch.Tensor, tokens: torch.Tensor
+) -> torch.Tensor:
+    """A state for each sequence, in the dtype that the operator keeps states in.
+
+    state: [H, N, N], the same for every sequence, or [B, H, N, N]; any floating dtype.
+    tokens: [B, T, H, N].
+    """
+    check_is_tensor(function, name, state)
+    batch, _, heads, size = tokens.shape
+    if state.shape == (heads, size, size):
+        state = state.expand(batch, -1, -1, -1)
+    elif state.shape != (batch, heads, size, size):
+        raise ArgumentError(
+            f"{function}: {name} has shape {list(state.shape)}, but must be [H, N, N] or "
+            f"[B, H, N, N] with B={batch}, H={heads} and N={size}"
+        )
+    return state.to(torch.promote_types(tokens.dtype, torch.float32))
 
 
 def as_state(op: Op, state: torch.Tensor | None) -> torch.Tensor | None:

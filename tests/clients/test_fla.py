@@ -27,7 +27,15 @@ for name in ("flash-linear-attention", "triton"):
 
 PROGRAM = Path(__file__).parent / "fla_program.py"
 LIMITS = {"cpu": {"logits": 1e-5, "gradients": 1e-4}, "cuda": {"logits": 2e-3, "gradients": 2e-3}}
-RUNS = ("RWKV6 trained", "RWKV6 trained in chunks", "RWKV6 served", "RWKV7 trained", "RWKV7 served")
+RUNS = (
+    "RWKV6 trained",
+    "RWKV6 trained in chunks",
+    "RWKV6 served",
+    "RWKV6, K < V trained",
+    "RWKV6, K < V served",
+    "RWKV7 trained",
+    "RWKV7 served",
+)
 
 
 @pytest.fixture(
@@ -64,12 +72,6 @@ def test_logits_and_gradients_match_its_own_kernels(run: str, device: str, repor
 def test_our_kernels_ran(report: Any) -> None:
     ran = [name.partition("_")[0] + name[name.rindex(".") :] for name in report["kernels"]]
     assert ran == ["wkv6.backward", "wkv6.forward", "wkv7.backward", "wkv7.forward"]
-
-
-@pytest.mark.parametrize("run", ["RWKV6, K < V trained", "RWKV6, K < V served"])
-def test_what_ours_refuse_stays_its_own(run: str, device: str, report: Any) -> None:
-    for kind, error in report["errors"][run].items():
-        assert error <= (0 if device == "cpu" else LIMITS[device][kind])
 
 
 def test_signatures_begin_as_its_own(report: Any) -> None:

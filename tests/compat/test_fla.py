@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from comparing import assert_matches_reference, random_call
-from rwkv_jit.compat import fla
+from comparing import assert_matches_reference, random_call, relative_rms
+from rwkv_jit.compat import fla, fla_calls
 from rwkv_jit.compat.fla_backend import register
 from rwkv_jit.errors import ArgumentError, ConfigError
 from upstream_calls import Function, Tensor, Tokens, dressed
@@ -100,6 +100,65 @@ def test_decays_of_float32_go_with_tokens_of_bfloat16(name: str) -> None:
     assert_matches_reference(ours, call, "cpu")
 
 
+def loop(state: Tensor, r: Tensor, w: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Result:
+    """The recurrences with states [B, H, K, V] of any widths; `rest` is u, or a and b."""
+    outputs = []
+    for t in range(r.shape[1]):
+        kv = k[:, t, :, :, None] * v[:, t, :, None]
+        before = state
+        state = state * w[:, t].exp()[..., None] + kv
+        if len(rest) == 1:
+            seen = before + rest[0][:, :, None] * kv
+        else:
+            a, b = rest[0][:, t], rest[1][:, t]
+            seen = state = state + b[..., None] * (a[:, :, None] @ before)
+        outputs.append((r[:, t, :, None] @ seen)[:, :, 0])
+    return torch.stack(outputs, 1), state
+
+
+@pytest.mark.parametrize(("keys", "values"), [(16, 32), (32, 16)])
+@pytest.mark.parametrize("name", ["wkv6", "wkv7"])
+def test_keys_and_values_of_different_widths_match_a_loop(
+    name: str, keys: int, values: int
+) -> None:
+    call = random_call(B, T, H, 32, op=name, w=log_decays(B, T, H, 32))
+    exact = {key: x[..., : values if key == "v" else keys] for key, x in call.tokens.items()}
+    exact = {"state": torch.randn(B, H, keys, values).double(), **exact}
+    results, grads = [], []
+    for dtype in (torch.float32, torch.float64):
+        leaves = {key: x.detach().to(dtype).requires_grad_() for key, x in exact.items()}
+        if dtype == torch.float64:
+            pair = loop(*leaves.values())
+        elif name == "wkv6":
+            tokens = [leaves[key] for key in "rkvwu"]
+            pair = fla.chunk_rwkv6(*tokens, 1.0, leaves["state"], True)
+        else:
+            state, *tokens = leaves.values()
+            pair = fla.chunk_rwkv7(*tokens, 1.0, state, True)
+        assert pair[1] is not None
+        torch.manual_seed(0)
+        given = [torch.randn(x.shape, dtype=torch.float64).to(dtype) for x in pair]
+        results.append(pair)
+        grads.append(torch.autograd.grad(pair, list(leaves.values()), given))
+    for mine, right in zip(
+        (*results[0], *grads[0]), (*results[1], *grads[1]), strict=True
+    ):  # fmt: skip
+        assert relative_rms(mine, right) <= 1e-5
+
+
+def test_the_default_scale_is_of_the_width_of_keys() -> None:
+    r, k, v, w, u = arguments6()
+    narrow = [r[..., :16], k[..., :16], v, w[..., :16], u[:, :16]]
+    assert torch.equal(fla.chunk_rwkv6(*narrow)[0], fla.chunk_rwkv6(*narrow, scale=0.25)[0])
+
+
+def test_a_state_of_other_widths_is_refused() -> None:
+    r, w, k, v, a, b = arguments7()
+    narrow = [x[..., :16] for x in (r, w, k)], [x[..., :16] for x in (a, b)]
+    with pytest.raises(ArgumentError, match=r"must be \[B, H, K, V\] with K=16 and V=32"):
+        fla.chunk_rwkv7(*narrow[0], v, *narrow[1], 1.0, torch.zeros(B, H, 32, 32))
+
+
 @pytest.mark.parametrize(
     ("function", "arguments", "default"),
     [
@@ -181,13 +240,13 @@ def test_declared_bounds_reach_the_operator(
     options: dict[str, object], bound: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[float | None] = []
-    original = fla.operator_for
+    original = fla_calls.operator_for
 
     def watch(*args: object, lower_bound: float | None, **others: object) -> object:
         asked.append(lower_bound)
         return original(*args, lower_bound=lower_bound, **others)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(fla, "operator_for", watch)
+    monkeypatch.setattr(fla_calls, "operator_for", watch)
     fla.chunk_rwkv7(*arguments7(), **options)  # type: ignore[arg-type]
     assert asked == [bound]
 
@@ -219,7 +278,11 @@ def test_head_first_is_no_argument(function: Callable[..., Result]) -> None:
     ("position", "change", "message"),
     [
         (0, lambda r: r[0], r"chunk_rwkv7: r has shape \[5, 3, 32\], but must be \[B, T, H, N\]"),
-        (3, lambda v: v[..., :16], r"v has V=16 in \[B, T, H, V\], but k has K=32"),
+        (
+            2,
+            lambda k: k[..., :16],
+            r"r has shape \[2, 5, 3, 32\], but k has K=16 in \[B, T, H, K\]",
+        ),
         (3, lambda v: v[:, :2], r"v has T=2 in \[B, T, H, N\], but r has T=5"),
         (2, lambda k: k.half(), "k is float16, but must be float32"),
         (2, lambda _: 1, "k is a int, not a tensor"),

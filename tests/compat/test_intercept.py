@@ -50,32 +50,37 @@ def empty(*likes: torch.Tensor) -> list[torch.Tensor]:
     return [torch.full_like(like, torch.nan) for like in likes]
 
 
-def buffers(r: torch.Tensor) -> list[torch.Tensor]:
+def buffers(r: torch.Tensor, chunk: int) -> list[torch.Tensor]:
+    """Upstream's for what its backward reads: states of each `chunk` tokens, and a vector each."""
     batch, length, heads, size = r.shape
-    shapes = ((batch, heads, length // CHUNK, size, size), (batch, length, heads, size))
+    shapes = ((batch, heads, length // chunk, size, size), (batch, length, heads, size))
     return [torch.full(shape, torch.nan, device=r.device) for shape in shapes]
 
 
 # A program takes tokens and state, and gradients of results; it returns results and gradients.
 # Those of RWKV-7 have tokens [B, T, H, N], the others [B, T, C].
-def wind_backstepping(x: Tensors, given: Tensors) -> Tensors:
+def wind_backstepping(x: Tensors, given: Tensors, *, chunk: int = CHUNK) -> Tensors:
     ops, (y,) = torch.ops.wind_backstepping, empty(x["v"])
     arguments = [x[name] for name in "wrkvab"]
-    scratch = buffers(y)
+    scratch = buffers(y, chunk)
     ops.forward(*arguments, y, *scratch)
-    assert not any(buffer.any() for buffer in scratch)
+    assert scratch[1].isnan().all(), "it is left as it was"
+    if chunk < CHUNK:
+        assert scratch[0].flatten()[0].isfinite(), "checkpoints have room in it"
     gradients = empty(*arguments)
     ops.backward(*arguments, given["y"], *scratch, *gradients)
     return {"y": y, **dict(zip(("dw", "dr", "dk", "dv", "da", "db"), gradients, strict=True))}
 
 
-def clampw(x: Tensors, given: Tensors, *, namespace: str, starts: bool, ends: bool) -> Tensors:
+def clampw(
+    x: Tensors, given: Tensors, *, namespace: str, starts: bool, ends: bool, chunk: int = CHUNK
+) -> Tensors:
     ops, (y,) = getattr(torch.ops, namespace), empty(x["v"])
     tokens = [x[name] for name in "rwkvab"]
     state, final = [x["initial_state"]] if starts else [], []
     if ends:
         final = empty(x["initial_state"])
-    scratch = buffers(y)
+    scratch = buffers(y, chunk)
     ops.forward(*state, *tokens, y, *final, *scratch)
     gradients = empty(*state, *tokens)
     ops.backward(
@@ -153,6 +158,7 @@ def inference(x: Tensors, given: Tensors, *, op: str) -> Tensors:
 # By the extension's name, and what is special about the way of calling it.
 PROGRAMS: dict[tuple[str, str], Program] = {
     ("wind_backstepping", ""): wind_backstepping,
+    ("wind_backstepping", "room for checkpoints"): functools.partial(wind_backstepping, chunk=8),
     ("rwkv7_clampw", ""): functools.partial(
         clampw, namespace="rwkv7_clampw", starts=False, ends=False
     ),
@@ -164,6 +170,9 @@ PROGRAMS: dict[tuple[str, str], Program] = {
     ),
     ("rwkv7_statepassing_clampw", ""): functools.partial(
         clampw, namespace="rwkv7_statepassing_clampw", starts=True, ends=True
+    ),
+    ("rwkv7_statepassing_clampw", "room for checkpoints"): functools.partial(
+        clampw, namespace="rwkv7_statepassing_clampw", starts=True, ends=True, chunk=8
     ),
     ("wkv7", ""): wkv7,
     ("wkv7s", ""): wkv7s,

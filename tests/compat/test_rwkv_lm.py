@@ -219,13 +219,16 @@ HEAD = torch.zeros(2, 64)
         (
             lambda: rwkv_lm.RUN_CUDA_RWKV7g(*[R] * 6, HEAD_SIZE=96),
             (
-                "RUN_CUDA_RWKV7g: q has C=128 in [B, T, C], but it must be a multiple of the head "
-                "size 96; pass HEAD_SIZE= if yours is another"
+                "RUN_CUDA_RWKV7g: q has shape [2, 4, 128], but must be [B, T, C] with C a multiple "
+                "of the head size 96; reshape it, or check the head size"
             ),
         ),
         (
             lambda: rwkv_lm.RUN_CUDA_RWKV7g(*[R[0]] * 6),
-            "RUN_CUDA_RWKV7g: q has shape [4, 128], but must be [B, T, C]",
+            (
+                "RUN_CUDA_RWKV7g: q has shape [4, 128], but must be [B, T, C] with C a multiple of "
+                "the head size 64; reshape it, or check the head size"
+            ),
         ),
         (
             lambda: rwkv_lm.RUN_CUDA_RWKV7g(R, R, R.half(), R, R, R),
@@ -248,7 +251,10 @@ HEAD = torch.zeros(2, 64)
         ),
         (
             lambda: rwkv_lm.RWKV7_OP(ONE_STATE, *[R] * 6),
-            "RWKV7_OP: r has shape [2, 4, 128], but must be [T, C]",
+            (
+                "RWKV7_OP: r has shape [2, 4, 128], but must be [T, C] with C a multiple of the "
+                "head size 64; reshape it, or check the head size"
+            ),
         ),
         (
             lambda: rwkv_lm.RWKV7_OP(ONE_STATE[0], *[R[0]] * 6),
