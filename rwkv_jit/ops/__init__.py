@@ -14,9 +14,7 @@ from .wkv6 import WKV6
 from .wkv7 import WKV7
 
 ELEMENTWISE = (TOKEN_SHIFT_MIX, A_GATE, VRES_GATE, KK_PRE, READOUT, RELU_SQUARED)
-SPECS: dict[str, OpSpec] = {
-    spec.name: spec for spec in (WKV5, WKV6, WKV7, *DECODES, *ELEMENTWISE)
-}
+SPECS: dict[str, OpSpec] = {spec.name: spec for spec in (WKV5, WKV6, WKV7, *DECODES, *ELEMENTWISE)}
 
 
 def get_spec(name: str) -> OpSpec:
