@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .config import OpConfig as OpConfig
     from .decode import ServingOp as ServingOp
+    from .op import ElementwiseOp as ElementwiseOp
+    from .op import Op as Op
     from .pool import StatePool as StatePool
-    from .registry import Op as Op
     from .registry import get_op as get_op
     from .registry import list_ops as list_ops
     from .usage import freeze as freeze
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "ElementwiseOp",
     "Op",
     "OpConfig",
     "ServingOp",
@@ -33,7 +35,8 @@ __all__ = [
 
 _HOMES = {
     "ServingOp": "decode",
-    "Op": "registry",
+    "ElementwiseOp": "op",
+    "Op": "op",
     "OpConfig": "config",
     "StatePool": "pool",
     "freeze": "usage",

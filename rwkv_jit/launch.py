@@ -31,7 +31,7 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
 # What *_dtype members of the argument block hold: rwkv_jit::DtypeCode in the templates.
 _DTYPE_CODES = {dtype: code for code, dtype in enumerate(TORCH_DTYPES.values())}
 # Of a C struct's members, as the module struct writes them.
-_FORMATS = {"pointer": "P", "int64": "q", "int32": "i"}
+_FORMATS = {"pointer": "P", "int64": "q", "int32": "i", "double": "d"}
 # Vector loads need this; a view that begins elsewhere is copied.
 ALIGNMENT = 16
 _LOG = logging.getLogger("rwkv_jit")
@@ -73,7 +73,8 @@ class Kernel:
 
     identity: what the library says it is.
     block: writes the launcher's argument block.
-    pointers, dtypes, sizes: whose its members are, in this order; stream and threads follow.
+    pointers, dtypes, sizes: whose its members are, in this order, scalars after the sizes; stream
+        and threads follow.
     """
 
     identity: str
@@ -87,12 +88,12 @@ class Kernel:
     def launch(
         self,
         tensors: Mapping[str, torch.Tensor | None],
-        sizes: Mapping[str, int],
+        sizes: Mapping[str, float],
         device: torch.device,
     ) -> None:
         """Run on the current stream of `device`, where the tensors are. Sizes are those of the
-        entry. Allocates nothing and does not synchronise. Raises KernelLaunchError with the
-        device's own words."""
+        entry, its scalars among them. Allocates nothing and does not synchronise. Raises
+        KernelLaunchError with the device's own words."""
         gpu = device.index if device.type == "cuda" else -1
         given = [tensors[name] for name in self.pointers]
         typed = [tensors[name] for name in self.dtypes]
@@ -105,7 +106,7 @@ class Kernel:
         )
         self.call(values, gpu)
 
-    def call(self, values: Sequence[int], gpu: int) -> None:
+    def call(self, values: Sequence[float], gpu: int) -> None:
         """Run with these members of the argument block, the stream among them, on a GPU by its
         index; -1 is a CPU. A null pointer is 0."""
         block = self.block.pack(*values)
@@ -159,7 +160,7 @@ def load_kernel(spec: OpSpec, config: OpConfig, entry: str, library: Path) -> Ke
         block,
         pointers=tuple(field.name for field in own if field.kind == "pointer"),
         dtypes=tuple(field.name.removesuffix("_dtype") for field in own if field.kind == "int32"),
-        sizes=tuple(field.name for field in own if field.kind == "int64"),
+        sizes=tuple(field.name for field in own if field.kind in ("int64", "double")),
     )
 
 

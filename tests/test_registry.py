@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from comparing import random_call, reference, relative_rms
-from rwkv_jit import Op, OpConfig, get_op, list_ops, registry
+from rwkv_jit import Op, OpConfig, get_op, list_ops
+from rwkv_jit import op as op_module
 from rwkv_jit.errors import ArgumentError, ConfigError, KernelMissingError
 from rwkv_jit.launch import announce_reference
 from rwkv_jit.ops import SPECS
@@ -45,17 +46,14 @@ def test_a_hit_costs_at_most_five_microseconds() -> None:
 
 
 def test_operators_are_listed() -> None:
+    recurrences = ("wkv5", "wkv6", "wkv7")
+    steps = ("token_shift_mix", "a_gate", "vres_gate", "kk_pre", "readout", "relu_squared")
     assert list_ops() == (
-        "wkv5",
-        "wkv6",
-        "wkv7",
-        "wkv5_decode",
-        "wkv6_decode",
-        "wkv7_decode",
+        *recurrences,
+        *(f"{name}_decode" for name in recurrences),
         "wkv7_decode_fused",
-        "wkv5_prefill",
-        "wkv6_prefill",
-        "wkv7_prefill",
+        *(f"{name}_prefill" for name in recurrences),
+        *steps,
     )
 
 
@@ -188,7 +186,7 @@ def test_info_says_what_it_is_and_where_it_came_from() -> None:
 def test_reference_mode_runs_the_recurrence_and_says_so_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(registry, "current_settings", lambda: Settings(mode="reference"))
+    monkeypatch.setattr(op_module, "current_settings", lambda: Settings(mode="reference"))
     announce_reference.cache_clear()
     # No kernel of this size is built anywhere in the tests.
     op = get_op(head_size=88, dtype=torch.bfloat16, device="cpu", decay="log")

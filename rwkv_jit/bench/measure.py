@@ -175,7 +175,14 @@ def _errors(case: Case, contender: Contender, device: str) -> dict[str, float]:
     if is_serving(case.op):
         return _errors_of_step(case, contender, tensors)
     truth = reference(config, torch.float64)
-    return relative_errors(lambda x: (contender.call(x),), lambda x: (truth(x),), tensors)
+    return relative_errors(contender.call, truth, tensors, _compared_names(case, tensors))
+
+
+def _compared_names(case: Case, tensors: Tensors) -> list[str]:
+    """Of what contenders return, in order."""
+    outputs = get_spec(case.op).called.outputs
+    there = [x.name for x in outputs if not x.optional and x.only_with in ("", *tensors)]
+    return there[: 1 if get_spec(case.op).is_recurrence else None]
 
 
 def _draw(case: Case, config: OpConfig, shape: Shape, device: str) -> Tensors:
@@ -188,7 +195,7 @@ def _errors_of_step(case: Case, contender: Contender, tensors: Tensors) -> dict[
     serve, names = REFERENCES[case.op], get_spec(case.op).parameters
 
     def ours(x: Tensors) -> Sequence[torch.Tensor]:
-        return contender.call(x), x["state"]
+        return *contender.call(x), x["state"]
 
     def truth(x: Tensors) -> Sequence[torch.Tensor | None]:
         results = serve(*(x.get(name) for name in names), decay=contender.config.decay)
@@ -211,14 +218,14 @@ def _time(
         return {name: Pass(timing=timing, floor_ms=least / bandwidth * 1e3)}, None
     leaves = {name: x.detach().clone().requires_grad_() for name, x in tensors.items()}
     with torch.no_grad():
-        dy = draw_gradient(contender.call(tensors))
+        given = [draw_gradient(x) for x in contender.call(tensors)]
 
     def forward() -> None:
         with torch.no_grad():
             contender.call(tensors)
 
     def both() -> None:
-        torch.autograd.grad(contender.call(leaves), list(leaves.values()), dy)
+        torch.autograd.grad(contender.call(leaves), list(leaves.values()), given)
 
     passes = {}
     for name, work in zip(PASSES, (forward, both), strict=True):

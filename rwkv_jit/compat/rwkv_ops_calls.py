@@ -8,7 +8,7 @@ import torch
 
 from ..errors import ArgumentError
 from ..reference.decay import decay_factor
-from ..registry import Op
+from ..op import Op
 from .tensors import as_state, check_is_tensor, operator_for
 
 Result = torch.Tensor | tuple[torch.Tensor, torch.Tensor]

@@ -44,11 +44,11 @@ ORDER = TensorSpec(
     shape=("S",),
     dtype=("int32",),
     meaning="packed sequences, the longest first",
-    optional=True,
+    only_with="cu_seqlens",
 )
 CHECKPOINTS = TensorSpec(
     name="checkpoints",
-    shape=("C", "H", "N", "N"),
+    shape=("K", "H", "N", "N"),
     dtype=("checkpoint",),
     meaning="the state before each chunk, in the kernel's own order",
     optional=True,
