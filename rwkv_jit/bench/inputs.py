@@ -80,6 +80,9 @@ def fewest_bytes(spec: OpSpec, config: OpConfig, tensors: Tensors, *, backward: 
         for tensor in (*entry.inputs, *entry.outputs, *changed):
             if not _is_there(spec, tensor, tensors):
                 continue
+            if tensor.name in tensors:
+                total += tensors[tensor.name].nbytes
+                continue
             dtype = allowed_dtypes(tensor, config, tensors)[0]
             total += math.prod(sizes[letter] for letter in tensor.shape) * dtype.itemsize
     return total

@@ -15,6 +15,7 @@ from ..config import DTYPES, is_bounded
 from ..errors import ConfigError
 from ..ops import SPECS, get_spec
 from ..settings import current_settings
+from ..spec import OpSpec
 from .commands import JsonOption, LowerBoundOption, one_of, split_list
 
 if TYPE_CHECKING:
@@ -164,17 +165,19 @@ def _check_plot(path: Path) -> None:
 
 def _sequences(ops: Sequence[str]) -> list[str]:
     """The operators of a plot, whose axes are those of recurrences on whole sequences."""
-    others = [op for op in ops if _is_serving(op) or not get_spec(op).is_recurrence]
+    others = [op for op in ops if not _has_plot(_spec(op))]
     if others:
         raise typer.BadParameter(f"{others[0]} has no plot", param_hint="--plot")
-    return list(ops) or [
-        name for name, spec in SPECS.items() if spec.is_recurrence and not _is_serving(name)
-    ]
+    return list(ops) or [name for name, spec in SPECS.items() if _has_plot(spec)]
 
 
-def _is_serving(op: str) -> bool:
+def _has_plot(spec: OpSpec) -> bool:
+    return spec.is_recurrence and not spec.is_serving
+
+
+def _spec(op: str) -> OpSpec:
     try:
-        return get_spec(op).is_serving
+        return get_spec(op)
     except ConfigError as error:
         raise typer.BadParameter(str(error)) from None
 
@@ -190,13 +193,14 @@ def _cases(
     """Every combination; of what is not named, the defaults of the device."""
     found = []
     for op in ops or SPECS:
-        entry = next(iter(get_spec(op).entries))
+        spec = _spec(op)
+        entry = next(iter(spec.entries))
         found += [
             Case(
                 op=op,
                 shape=shape,
                 dtype=dtype,
-                state_dtype=state_dtype if _is_serving(op) else "",
+                state_dtype=state_dtype if spec.is_serving else "",
                 bounded=is_bounded("bench", dtype, lower_bound),
                 packed=packed,
             )
