@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from ..errors import ArgumentError
-from ..reference.decay import decay_factor
 from ..op import Op
+from ..reference.decay import decay_factor
 from .tensors import as_state, check_is_tensor, operator_for
 
 Result = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
