@@ -1,0 +1,8 @@
+"""RWKV-7's layers as torch.nn modules, and its loss."""
+
+from __future__ import annotations
+
+from .channel_mix import ChannelMix7
+from .time_mix import Ranks, TimeMix7, TimeMix7State
+
+__all__ = ["ChannelMix7", "Ranks", "TimeMix7", "TimeMix7State"]
