@@ -172,14 +172,16 @@ class TimeMix7(nn.Module):
         """Return the output [B, T, C], v_first, and the state after the last token or None.
 
         x: [B, T, C], T >= 1.
-        v_first: [B, T, C], what the first layer returned; the first layer itself takes none.
+        v_first: [B, T, C], what the first layer returned; the first layer ignores it.
         state: from an earlier call, to go on from there. None starts anew.
         output_state: whether to return the state.
         cu_seqlens: [S + 1], int32 or int64, with B = 1: sequences packed one after another.
 
         Raises ArgumentError for tensors that do not fit.
         """
-        if v_first is None and self.layer > 0:
+        if self.layer == 0:
+            v_first = None
+        elif v_first is None:
             raise ArgumentError(
                 f"TimeMix7: v_first is None in layer {self.layer}; pass what the first layer's "
                 "call returned"
