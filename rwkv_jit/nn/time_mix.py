@@ -80,7 +80,7 @@ class TimeMix7(nn.Module):
                 f"TimeMix7: layer={layer} must be at least 0 and below layers={layers}"
             )
         self.layer, self.layers, self.head_size = layer, layers, head_size
-        self._operators = Operators(head_size)
+        self._operators = Operators()
         C, H = width, width // head_size
         ranks = Ranks.suggested(C) if ranks is None else ranks
         place: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -202,7 +202,7 @@ class TimeMix7(nn.Module):
         k, minus_kk, kk_a = kk_pre(k, a, self.k_k, self.k_a)
         # The raw w stands for d = exp(-exp(-1/2) sigmoid(w)), which is RWKV-LM's
         # exp(-exp(-softplus(-w) - 1/2)).
-        wkv7 = self._operators.get("wkv7", r, "logit")
+        wkv7 = self._operators.get("wkv7", r, self.head_size, "logit")
         y, wkv = wkv7(r, w, k, v, minus_kk, kk_a, wkv, output_state, cu_seqlens)
         y = readout(y, r, k, v, g, self.r_k, self.ln_x.weight, self.ln_x.bias, self.ln_x.eps)
         out = self.output(y.flatten(2))
