@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .config import OpConfig as OpConfig
     from .decode import DecodeOp as DecodeOp
     from .pool import StatePool as StatePool
-    from .registry import Op as Op
+    from .op import Op as Op
     from .registry import get_op as get_op
     from .registry import list_ops as list_ops
     from .usage import freeze as freeze
@@ -33,7 +33,7 @@ __all__ = [
 
 _HOMES = {
     "DecodeOp": "decode",
-    "Op": "registry",
+    "Op": "op",
     "OpConfig": "config",
     "StatePool": "pool",
     "freeze": "usage",

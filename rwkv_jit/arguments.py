@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -13,6 +14,8 @@ from .errors import ArgumentError
 from .launch import TORCH_DTYPES, on_device_of
 from .spec import EntrySpec, OpSpec, TensorSpec
 
+# Values of parts of sums. More keep more of a GPU busy, and are themselves written and read.
+_SUMMED_TOGETHER = 1 << 20
 Tensors = Mapping[str, torch.Tensor | None]
 
 
@@ -41,25 +44,32 @@ def dtype_of(rule: str, config: OpConfig, tensors: Tensors) -> torch.dtype:
 
 
 def entry_sizes(entry: EntrySpec, spacing: int, tensors: Tensors) -> dict[str, int]:
-    """B, T, H, N, S, C, L and Q of a call, from its first tensor and cu_seqlens.
+    """The sizes of a call by their letters, from its first tensor and cu_seqlens.
 
-    spacing: tokens between two state checkpoints.
+    spacing: tokens between two state checkpoints; 0 where there are none.
     """
     first = tensors[entry.inputs[0].name]
     assert first is not None, "a required input"
-    batch, length, heads, size = first.shape
+    batch, length = first.shape[:2]
     bounds = tensors.get("cu_seqlens")
     sequences = batch if bounds is None else bounds.shape[0] - 1
-    return {
-        "B": batch,
-        "T": length,
-        "H": heads,
-        "N": size,
-        "S": sequences,
-        "C": batch * length // spacing + sequences,
-        "L": spacing,
-        "Q": spacing // 4,
-    }
+    sizes = {"B": batch, "T": length, "S": sequences}
+    if first.dim() == 4:
+        sizes["H"], sizes["N"] = first.shape[2:]
+        sizes["C"] = sizes["H"] * sizes["N"]
+    else:
+        sizes["C"] = first.shape[2]
+    if spacing:
+        sizes.update(K=batch * length // spacing + sequences, L=spacing, Q=spacing // 4)
+    elif "G" in entry.sizes:
+        sizes["G"] = sum_groups(batch * length, sizes["C"])
+    return sizes
+
+
+def sum_groups(tokens: int, channels: int) -> int:
+    """In how many groups tokens are taken that are summed, channel by channel: as many as keep a
+    GPU busy, whichever it is, so that results are the same bits on all. At least one."""
+    return max(1, min(tokens, _SUMMED_TOGETHER // max(channels, 1)))
 
 
 def bind(spec: OpSpec, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -77,8 +87,9 @@ def bind(spec: OpSpec, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[s
             problem = "is given twice" if name in values else "is not an argument"
             raise ArgumentError(f"{spec.name}: {name} {problem}; it takes {', '.join(parameters)}")
         values[name] = value
+    scalars = spec.called.scalars
     for name in parameters:
-        values.setdefault(name, False if name.startswith("output_") else None)
+        values.setdefault(name, False if name.startswith("output_") else scalars.get(name))
     return values
 
 
@@ -107,7 +118,9 @@ def widen(inputs: Sequence[TensorSpec], config: OpConfig, values: dict[str, Any]
 def check_arguments(spec: OpSpec, config: OpConfig, tensors: Tensors) -> None:
     """Raise ArgumentError unless `tensors`, by name, fit the entry of `spec` that is called."""
     entry = spec.called
-    known: dict[str, tuple[int, str]] = {"N": (config.head_size, "the operator")}
+    known: dict[str, tuple[int, str]] = {}
+    if config.head_size:
+        known["N"] = config.head_size, "the operator"
     first = entry.inputs[0].name
     device = None
     for tensor_spec in entry.inputs:
@@ -140,6 +153,10 @@ def check_arguments(spec: OpSpec, config: OpConfig, tensors: Tensors) -> None:
         _check_shape(spec, tensor_spec, tensor, known)
         if "S" not in known and "B" in known and tensors.get("cu_seqlens") is None:
             known["S"] = known["B"]
+        if "C" not in known and "H" in known:
+            known["C"] = known["H"][0] * known["N"][0], name
+    for name in entry.scalars:
+        _check_scalar(spec, name, tensors[name])
 
 
 def _check_dtype(
@@ -153,6 +170,11 @@ def _check_dtype(
         f"{spec.name}: {tensor_spec.name} is {_short(tensor.dtype)}, but must be {choices}; "
         "convert it, or get an operator of that dtype"
     )
+
+
+def _check_scalar(spec: OpSpec, name: str, value: object) -> None:
+    if type(value) not in (int, float) or not 0 <= cast("float", value) < math.inf:
+        raise ArgumentError(f"{spec.name}: {name} is {value!r}, but must be a number of at least 0")
 
 
 def _check_shape(
@@ -211,7 +233,8 @@ def _check_bounds(spec: OpSpec, bounds: torch.Tensor, first: torch.Tensor | None
     if first.shape[0] != 1:
         raise ArgumentError(
             f"{spec.name}: cu_seqlens packs sequences into B=1, but the batch has "
-            f"B={first.shape[0]}; reshape the tensors to [1, B * T, H, N]"
+            f"B={first.shape[0]}; reshape the tensors to "
+            f"[{', '.join(['1', 'B * T', *spec.called.inputs[0].shape[2:]])}]"
         )
     # On a GPU the values are not looked at, which would wait for the device; kernels clamp them.
     if bounds.device.type != "cpu" or torch.compiler.is_compiling():

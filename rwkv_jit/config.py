@@ -21,8 +21,9 @@ DEFAULT_CHUNK_LENGTH = 16
 BOUNDED_FROM = -8.0
 
 _SLUG = re.compile(
-    r"(?P<op>[a-z][a-z0-9]*(?:_decode)?)_n(?P<head_size>\d+)_(?P<dtype>bf16|fp16|fp32|fp64)"
-    r"_l(?P<chunk_length>\d+)_(?P<arch>sm\d+[af]?|x86_64_v\d|aarch64)"
+    r"(?P<op>[a-z][a-z0-9]*(?:_[a-z0-9]+)*?)(?:_n(?P<head_size>\d+))?"
+    r"_(?P<dtype>bf16|fp16|fp32|fp64)(?:_l(?P<chunk_length>\d+))?"
+    r"_(?P<arch>sm\d+[af]?|x86_64_v\d|aarch64)"
     r"(?:_(?P<decay>logit|log|factor))?(?:_s(?P<state_dtype>bf16|fp16|fp32|fp64))?(?P<layout>_kv)?"
     r"(?:_c(?P<checkpoint_dtype>bf16))?(?P<bounded>_bounded)?",
     # Digits of other scripts are no part of an identifier.
@@ -40,10 +41,10 @@ class OpConfig:
     """One exact configuration of one operator.
 
     op: name of the operator, e.g. "wkv7".
-    head_size: N.
-    dtype: of the tokens' vectors and y, one of DTYPES.
-    chunk_length: L, tokens between two state checkpoints.
+    dtype: of the tokens' vectors and what is made of them, one of DTYPES.
     arch: in slug form, e.g. "sm90a" or "x86_64_v3".
+    head_size: N; 0 for an operator that knows no heads.
+    chunk_length: L, tokens between two state checkpoints; 0 for an operator without.
     decay: what w means, one of DECAYS.
     state_dtype: of initial_state and final_state.
     state_layout: order of the state's last two axes, "vk" (value, key) or "kv".
@@ -55,10 +56,10 @@ class OpConfig:
     """
 
     op: str
-    head_size: int
     dtype: str
-    chunk_length: int
     arch: str
+    head_size: int = 0
+    chunk_length: int = 0
     decay: str = "loglog"
     state_dtype: str = "fp32"
     state_layout: str = "vk"
@@ -72,20 +73,23 @@ class OpConfig:
         _choose(self.op, "state_layout", self.state_layout, STATE_LAYOUTS)
         _choose(self.op, "checkpoint_dtype", self.checkpoint_dtype, CHECKPOINT_DTYPES)
         for name, value in (("head_size", self.head_size), ("chunk_length", self.chunk_length)):
-            if type(value) is not int or not 1 <= value <= MAX_HEAD_SIZE:
-                raise ConfigError(
-                    f"{self.op}: {name}={value!r} must be a whole number from 1 to {MAX_HEAD_SIZE}"
-                )
+            if type(value) is not int or not 0 <= value <= MAX_HEAD_SIZE:
+                raise not_a_size(self.op, name, value)
         if parse_arch(self.arch) != self.arch:
             raise ConfigError(f"{self.op}: arch={self.arch!r} must be in slug form, e.g. sm90a")
 
     @property
     def slug(self) -> str:
-        """The configuration as a C identifier, e.g. `wkv7_n64_bf16_l16_sm90a`; what differs from
-        the default decay, state dtype, state layout and checkpoint dtype follows the
-        architecture, and last that decays are bounded."""
+        """The configuration as a C identifier, e.g. `wkv7_n64_bf16_l16_sm90a`, or `a_gate_bf16_sm90a`
+        where there are no heads and chunks; what differs from the default decay, state dtype,
+        state layout and checkpoint dtype follows the architecture, and last that decays are
+        bounded."""
         parts = [
-            f"{self.op}_n{self.head_size}_{self.dtype}_l{self.chunk_length}_{self.arch}",
+            self.op,
+            f"_n{self.head_size}" if self.head_size else "",
+            f"_{self.dtype}",
+            f"_l{self.chunk_length}" if self.chunk_length else "",
+            f"_{self.arch}",
             "" if self.decay == "loglog" else f"_{self.decay}",
             "" if self.state_dtype == default_state_dtype(self.dtype) else f"_s{self.state_dtype}",
             "" if self.state_layout == "vk" else f"_{self.state_layout}",
@@ -104,9 +108,9 @@ class OpConfig:
             )
         return cls(
             op=match["op"],
-            head_size=int(match["head_size"]),
+            head_size=int(match["head_size"] or 0),
             dtype=match["dtype"],
-            chunk_length=int(match["chunk_length"]),
+            chunk_length=int(match["chunk_length"] or 0),
             arch=match["arch"],
             decay=match["decay"] or "loglog",
             state_dtype=match["state_dtype"] or default_state_dtype(match["dtype"]),
@@ -130,6 +134,11 @@ def is_bounded(op: str, lower_bound: float | None) -> bool:
             "the logarithm of no token's decay factor lies, as -0.61; leave it out if there is none"
         )
     return lower_bound >= BOUNDED_FROM
+
+
+def not_a_size(op: str, name: str, value: object) -> ConfigError:
+    """The refusal of a head size or chunk length."""
+    return ConfigError(f"{op}: {name}={value!r} must be a whole number from 1 to {MAX_HEAD_SIZE}")
 
 
 def _choose(op: str, name: str, value: str, choices: tuple[str, ...]) -> None:

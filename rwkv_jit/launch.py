@@ -31,7 +31,7 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
 # What *_dtype members of the argument block hold: rwkv_jit::DtypeCode in the templates.
 _DTYPE_CODES = {dtype: code for code, dtype in enumerate(TORCH_DTYPES.values())}
 # Of a C struct's members, as the module struct writes them.
-_FORMATS = {"pointer": "P", "int64": "q", "int32": "i"}
+_FORMATS = {"pointer": "P", "int64": "q", "int32": "i", "double": "d"}
 # Vector loads need this; a view that begins elsewhere is copied.
 ALIGNMENT = 16
 _LOG = logging.getLogger("rwkv_jit")
@@ -74,7 +74,7 @@ class Kernel:
     identity: what the library says it is.
     block: writes the launcher's argument block.
     sources: for each of its members what it holds ("pointer", "dtype", "size", "stream" or
-        "threads"), and of which tensor or size.
+        "threads"), and of which tensor, or which size or scalar.
     """
 
     identity: str
@@ -86,14 +86,14 @@ class Kernel:
     def launch(
         self,
         tensors: Mapping[str, torch.Tensor | None],
-        sizes: Mapping[str, int],
+        sizes: Mapping[str, float],
         device: torch.device,
     ) -> None:
         """Run on the current stream of `device`, where the tensors are. Sizes are those of the
-        entry. Allocates nothing and does not synchronise. Raises KernelLaunchError with the
+        entry, its scalars among them. Allocates nothing and does not synchronise. Raises KernelLaunchError with the
         device's own words."""
         gpu = device.index if device.type == "cuda" else -1
-        values: list[int] = []
+        values: list[float] = []
         for source, name in self.sources:
             if source == "pointer":
                 tensor = tensors[name]
@@ -109,7 +109,7 @@ class Kernel:
                 values.append(torch.get_num_threads())
         self.call(values, gpu)
 
-    def call(self, values: Sequence[int], gpu: int) -> None:
+    def call(self, values: Sequence[float], gpu: int) -> None:
         """Run with these members of the argument block, the stream among them, on a GPU by its
         index; -1 is a CPU. A null pointer is 0."""
         block = self.block.pack(*values)

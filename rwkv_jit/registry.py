@@ -3,154 +3,20 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 
-from .arch import cuda_arch_of_capability, host_cpu_arch, is_cuda, parse_arch
-from .arguments import bind, cast_for_autocast, check_arguments, dtype_of, widen
-from .autograd import torch_ops
-from .config import DEFAULT_CHUNK_LENGTH, OpConfig, default_state_dtype, is_bounded
+from .arch import cuda_arch_of_capability, host_cpu_arch, parse_arch
+from .config import DEFAULT_CHUNK_LENGTH, OpConfig, default_state_dtype, is_bounded, not_a_size
 from .decode import DecodeOp
 from .errors import ConfigError
-from .launch import TORCH_DTYPES, announce_reference, dtype_name
+from .launch import dtype_name
 from .loader import KERNELS
+from .op import ElementwiseOp, Op
 from .ops import SPECS, get_spec
-from .reference import REFERENCES
-from .settings import current_settings
 
 BUILD_POLICIES = ("auto", "never", "always")
-_MOST_SIGNATURES = 1024
-
-
-class Op:
-    """An operator of one configuration. Call it with tensors; get one from `get_op`.
-
-    config: the configuration.
-    """
-
-    def __init__(self, config: OpConfig) -> None:
-        self.config = config
-        self._spec = get_spec(config.op)
-        self._slug = config.slug
-        self._ops = torch_ops(config.op)
-        self._runs_reference = current_settings().mode == "reference"
-        self._device_type = "cuda" if is_cuda(config.arch) else "cpu"
-        forward = self._spec.entries["forward"]
-        self._inputs = tuple(tensor.name for tensor in forward.inputs)
-        self._optional = forward.optional_outputs
-        self._public = tuple(
-            tensor.name for tensor in forward.outputs if tensor.name not in self._spec.saved_outputs
-        )
-        self._checked: set[tuple[Any, ...]] = set()
-        self._flags = tuple(name for name in self._optional if name in self._public)
-        self._widened = tuple(tensor for tensor in forward.inputs if tensor.last_axis_optional)
-
-    def __repr__(self) -> str:
-        return f"<rwkv_jit.Op {self._slug}>"
-
-    def __call__(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Run the operator:
-
-            y, final_state = wkv7(r, w, k, v, a, b, initial_state=None, output_final_state=False,
-                                  cu_seqlens=None)
-            y, final_state = wkv6(r, w, k, v, u, ...)    and wkv5 likewise, the rest as for wkv7
-
-        r, k, v, a, b: [B, T, H, N] in the operator's dtype; any strides.
-        w: [B, T, H, N], for wkv5 [H, N] or [H], same dtype as r or float32. Decay; what it means
-            is `config.decay`.
-        u: [H, N], same dtype as r or float32. What a token's own key counts for in its output.
-        initial_state: [B or S, H, N, N] in the state dtype, axes (value, key) for "vk". Zeros if
-            None.
-        output_final_state: whether to return the state after the last token.
-        cu_seqlens: [S + 1], int32 or int64, on the tensors' device: sequences packed into B = 1,
-            the s-th being tokens cu_seqlens[s] to cu_seqlens[s + 1]; empty ones are fine. On a GPU
-            the values are not checked, which would wait for the device: tokens of no sequence
-            leave y undefined.
-
-        Returns y [B, T, H, N] in the operator's dtype and final_state [B or S, H, N, N], or None.
-        All floating inputs get gradients; there are no second derivatives. Under autocast the
-        inputs are converted to the operator's dtype, but for a w, u or state of float32.
-
-        Raises ArgumentError for tensors that do not fit, and what building or loading a kernel
-        raises at the first call. The formula is in docs/adding_an_operator.md and `op.info()`.
-        """
-        values = bind(self._spec, args, kwargs)
-        if torch.is_autocast_enabled(self._device_type):
-            cast_for_autocast(self._spec, self.config, values)
-        self._check(values)
-        widen(self._widened, self.config, values)
-        if self._runs_reference:
-            return self._reference(values)
-        tensors = [values[name] for name in self._inputs]
-        wanted = {name: bool(values[f"output_{name}"]) for name in self._flags}
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-            flags = tuple(wanted[name] for name in self._flags)
-            outputs = self._ops.differentiable(self._slug, flags, *tensors)
-        else:
-            flags = tuple(wanted.get(name, False) for name in self._optional)
-            outputs = self._ops.forward(*tensors, self._slug, *flags)
-        y, final_state = outputs[0], outputs[1]
-        return y, final_state if wanted["final_state"] else None
-
-    def load(self, *, backward: bool = True) -> None:
-        """Find or build the kernels now, rather than at the first call."""
-        for entry in self._spec.entries if backward else ("forward",):
-            KERNELS.get(self._slug, entry)
-
-    def info(self) -> dict[str, Any]:
-        """What this operator is, whether it relies on a declared bound of the decays, the bytes of
-        states that a forward keeps for the backward, and for each kernel that is loaded where its
-        binary lies, what the compiler said of it (registers, spills, shared memory) and how long it
-        took to build."""
-        return {
-            "slug": self._slug,
-            "summary": self._spec.summary,
-            "formula": self._spec.formula,
-            "mode": current_settings().mode,
-            "bounded": self.config.bounded,
-            "kept_bytes_per_token_and_head": self._kept_bytes(),
-            "kernels": KERNELS.describe(self._slug, tuple(self._spec.entries)),
-        }
-
-    def _kept_bytes(self) -> float:
-        """Of checkpoints, where a sequence is long; a short one has one more than whole spans."""
-        dtype = dtype_of("checkpoint", self.config, {})
-        spacing = self._spec.checkpoint_spacing(self.config, "forward")
-        return float(self.config.head_size**2 * dtype.itemsize / spacing)
-
-    def _check(self, values: dict[str, Any]) -> None:
-        """Check the arguments, once for tensors of the same shapes, dtypes and device.
-
-        Where the values of cu_seqlens can be looked at they are, each time.
-        """
-        tensors = [values[name] for name in self._inputs]
-        known = not torch.compiler.is_compiling() and all(
-            tensor is None or isinstance(tensor, torch.Tensor) for tensor in tensors
-        )
-        if known and (self._device_type == "cuda" or values.get("cu_seqlens") is None):
-            signature = tuple(t if t is None else (t.shape, t.dtype, t.device) for t in tensors)
-            if signature in self._checked:
-                return
-            check_arguments(self._spec, self.config, values)
-            if len(self._checked) >= _MOST_SIGNATURES:
-                self._checked.clear()
-            self._checked.add(signature)
-        else:
-            check_arguments(self._spec, self.config, values)
-
-    def _reference(self, values: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if not torch.compiler.is_compiling():
-            announce_reference(self._spec.name)
-        y, final_state = REFERENCES[self._spec.name](
-            *(values[name] for name in self._spec.parameters),
-            decay=self.config.decay,
-            state_layout=self.config.state_layout,
-            compute_dtype=TORCH_DTYPES[default_state_dtype(self.config.dtype)],
-        )
-        if final_state is not None:
-            final_state = final_state.to(TORCH_DTYPES[self.config.state_dtype])
-        return y.to(TORCH_DTYPES[self.config.dtype]), final_state
 
 
 @overload
@@ -167,6 +33,29 @@ def get_op(  # type: ignore[overload-overlap]
     lower_bound: float | None = None,
     build: str = "auto",
 ) -> DecodeOp: ...
+
+
+@overload
+def get_op(
+    name: Literal["kk_pre", "readout"],
+    *,
+    head_size: int,
+    dtype: torch.dtype,
+    device: torch.device | str | int | None = None,
+    arch: str | None = None,
+    build: str = "auto",
+) -> ElementwiseOp: ...
+
+
+@overload
+def get_op(
+    name: Literal["a_gate", "vres_gate", "token_shift_mix", "relu_squared"],
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str | int | None = None,
+    arch: str | None = None,
+    build: str = "auto",
+) -> ElementwiseOp: ...
 
 
 @overload
@@ -190,7 +79,7 @@ def get_op(
 def get_op(
     name: str = "wkv7",
     *,
-    head_size: int,
+    head_size: int | None = None,
     dtype: torch.dtype,
     chunk_length: int | None = None,
     device: torch.device | str | int | None = None,
@@ -204,9 +93,12 @@ def get_op(
 ) -> Op | DecodeOp:
     """The operator of one configuration. The same configuration is the same object.
 
-    name: one of `list_ops()`; "wkv7_decode" and the like, for serving, are a DecodeOp.
-    head_size: N. On a CPU a multiple of 8 up to 256; on a GPU 16, 32, 64, 128 or 256.
-    dtype: of the tokens' vectors and y: bfloat16, float16 or float32, on a CPU float64 too.
+    name: one of `list_ops()`; "wkv7_decode" and the like, for serving, are a DecodeOp; the steps
+        around the recurrence, "token_shift_mix" to "relu_squared", an ElementwiseOp. They have no
+        other choices than head_size, where there are heads, dtype, device, arch and build.
+    head_size: N. Of a recurrence on a CPU a multiple of 8 up to 256, on a GPU 16, 32, 64, 128 or
+        256; else any up to 256.
+    dtype: of the tokens' vectors and what is made of them: bfloat16, float16 or float32, on a CPU float64 too.
     chunk_length: L, tokens that a kernel takes together, or that lie between the states kept for
         the backward; 16 if None.
     device: where it will run. None is the GPU if there is one, else the CPU.
@@ -243,7 +135,7 @@ def list_ops() -> tuple[str, ...]:
 @functools.lru_cache(maxsize=None, typed=True)
 def _get_op(
     name: str,
-    head_size: int,
+    head_size: int | None,
     dtype: torch.dtype,
     chunk_length: int | None,
     device: torch.device | str | int | None,
@@ -263,11 +155,14 @@ def _get_op(
     spec = get_spec(name)
     short = dtype_name(dtype)
     kept = None if checkpoint_dtype is None else dtype_name(checkpoint_dtype)
+    if "head_size" in spec.knobs and head_size is None:
+        raise not_a_size(name, "head_size", head_size)
+    usual_length = DEFAULT_CHUNK_LENGTH if "chunk_length" in spec.knobs else 0
     config = OpConfig(
         op=name,
-        head_size=head_size,
+        head_size=0 if head_size is None else head_size,
         dtype=short,
-        chunk_length=DEFAULT_CHUNK_LENGTH if chunk_length is None else chunk_length,
+        chunk_length=usual_length if chunk_length is None else chunk_length,
         arch=_device_arch(device, current_gpu) if arch is None else parse_arch(arch),
         decay=decay,
         state_dtype=default_state_dtype(short) if state_dtype is None else dtype_name(state_dtype),
@@ -284,7 +179,10 @@ def _get_op(
 
 @functools.cache
 def _op(config: OpConfig) -> Op | DecodeOp:
-    return DecodeOp(config) if "decode" in get_spec(config.op).entries else Op(config)
+    spec = get_spec(config.op)
+    if "decode" in spec.entries:
+        return DecodeOp(config)
+    return Op(config) if spec.is_recurrence else ElementwiseOp(config)
 
 
 @functools.cache

@@ -36,15 +36,15 @@ class RenderedSource:
 
 @dataclass(frozen=True, slots=True)
 class BlockField:
-    """One member of the launcher's argument block: "pointer", "int64" or "int32"."""
+    """One member of the launcher's argument block: "pointer", "int64", "int32" or "double"."""
 
     name: str
     kind: str
 
 
 def argument_block(entry: EntrySpec, variant: KernelVariant) -> tuple[BlockField, ...]:
-    """The members of the struct that a launcher takes: tensors, dtype codes, sizes, stream and
-    thread count. An optional tensor that is absent is a null pointer."""
+    """The members of the struct that a launcher takes: tensors, dtype codes, sizes, scalars, stream
+    and thread count. An optional tensor that is absent is a null pointer."""
     tensors = (*entry.inputs, *entry.outputs, *variant.scratch)
     return (
         *(BlockField(tensor.name, "pointer") for tensor in tensors),
@@ -54,6 +54,7 @@ def argument_block(entry: EntrySpec, variant: KernelVariant) -> tuple[BlockField
             if tensor.has_dtype_field
         ),
         *(BlockField(size, "int64") for size in entry.sizes),
+        *(BlockField(scalar, "double") for scalar in entry.scalars),
         BlockField("stream", "pointer"),
         BlockField("threads", "int64"),
     )
@@ -83,18 +84,21 @@ def template_variables(
 ) -> Mapping[str, int | str]:
     """Everything that the template of this entry may use: ints and strings, nothing else."""
     variant = spec.variant(config, entry)
-    types = {"pointer": "void*", "int64": "int64_t", "int32": "int32_t"}
+    types = {"pointer": "void*", "int64": "int64_t", "int32": "int32_t", "double": "double"}
     block = argument_block(spec.entries[entry], variant)
+    knobs = {
+        "chunk_length": {"chunk_length": config.chunk_length},
+        "state_dtype": {"state_dtype": config.state_dtype},
+        "decay": {"decay": DECAYS.index(config.decay)},
+        "state_layout": {"state_is_kv": int(config.state_layout == "kv")},
+    }
     return {
         "identity": identity,
         "abi": LAUNCHER_ABI,
         "arguments": " ".join(f"{types[field.kind]} {field.name};" for field in block),
         "head_size": config.head_size,
-        "chunk_length": config.chunk_length,
         "dtype": config.dtype,
-        "state_dtype": config.state_dtype,
-        "decay": DECAYS.index(config.decay),
-        "state_is_kv": int(config.state_layout == "kv"),
+        **{k: v for knob, values in knobs.items() if knob in spec.knobs for k, v in values.items()},
         **variant.constants(config),
     }
 

@@ -7,24 +7,29 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from .arch import arch_number, is_cuda, shared_memory
-from .config import OpConfig
+from .config import OpConfig, default_state_dtype, not_a_size
 from .errors import ConfigError
 
 # Bumped whenever the launcher's argument block or its exported functions change meaning.
 LAUNCHER_ABI = 1
+# Fields of OpConfig that not every operator has. The sizes among them are 0 where it has not.
+SIZES = ("head_size", "chunk_length")
+KNOBS = (*SIZES, "decay", "state_dtype", "state_layout", "checkpoint_dtype", "bounded")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSpec:
     """One tensor of an entry.
 
-    shape: letters: B batch, S sequences, T tokens, H heads, N head size, P slots of a pool of
-        states, L tokens between two state checkpoints, Q a quarter of them, and C state
-        checkpoints, which are B * T // L + S.
+    shape: letters: B batch, S sequences, T tokens, H heads, N head size, C channels, H * N where
+        there are heads, P slots of a pool of states, L tokens between two state checkpoints, Q a
+        quarter of them, K state checkpoints, which are B * T // L + S, and G groups of tokens, of
+        each of which a block makes a part of a sum over all tokens.
     dtype: the dtypes that it may have: "op" (the operator's), "state", "accumulator" (float32, or
         float64 for a float64 operator), "like:<tensor>", or a dtype's name. Where there are
         several, the argument block says at run time which one it is.
     optional: an input that may be None, or an output that is made only when asked for.
+    only_with: an optional input; the output or scratch tensor exists where that is given.
     last_axis_optional: an input that may be given without its last axis, N, and is then the same
         all along it.
     mutated: an input that the kernel writes to. It is never copied.
@@ -35,6 +40,7 @@ class TensorSpec:
     dtype: tuple[str, ...]
     meaning: str
     optional: bool = False
+    only_with: str = ""
     last_axis_optional: bool = False
     mutated: bool = False
 
@@ -47,11 +53,15 @@ class TensorSpec:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EntrySpec:
     """The tensors of one entry point, in the order of the argument block, and the sizes that its
-    launcher is told."""
+    launcher is told.
+
+    scalars: numbers that it takes beside them, and what they are where they are not given.
+    """
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    sizes: tuple[str, ...] = ("S", "T", "H", "C")
+    sizes: tuple[str, ...] = ("S", "T", "H")
+    scalars: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def optional_outputs(self) -> tuple[str, ...]:
@@ -65,7 +75,7 @@ class KernelVariant:
     a configuration is the one used, so faster variants stand first.
 
     min_arch: smallest compute capability (major * 10 + minor), or 0 for a CPU template.
-    constants: further values of the template's prelude, by name, worked out from the configuration.
+    constants: further values of the template, by name, worked out from the configuration.
     scratch: tensors that the launcher needs and nobody sees.
     shared_bytes: shared memory of a block; architectures whose blocks have less are not served.
     checkpoint_tokens: tokens between two state checkpoints; 0 is the chunk length. The forward and
@@ -80,7 +90,7 @@ class KernelVariant:
     head_sizes: tuple[int, ...]
     dtypes: tuple[str, ...]
     chunk_lengths: tuple[int, ...]
-    constants: Callable[[OpConfig], Mapping[str, int]]
+    constants: Callable[[OpConfig], Mapping[str, int | str]]
     scratch: tuple[TensorSpec, ...] = ()
     shared_bytes: int = 0
     checkpoint_tokens: int = 0
@@ -101,8 +111,9 @@ class OpSpec:
     entries: the first is the one that is called.
     In `entries["backward"]` a tensor named like one of the forward entry is that tensor, saved;
     `d<name>` is the gradient of `<name>`. In the forward entry `saved_outputs` are the outputs that
-    exist for the backward alone. `parameters` is the public call: inputs by name, and
-    `output_<name>` for each output that is made only when asked for.
+    exist for the backward alone. `parameters` is the public call: inputs by name, scalars, and
+    `output_<name>` for each output that is made only when asked for. `knobs` are the fields of
+    OpConfig that the operator has beside dtype and arch; the others are at their defaults.
     """
 
     name: str
@@ -111,13 +122,24 @@ class OpSpec:
     parameters: tuple[str, ...]
     entries: Mapping[str, EntrySpec]
     saved_outputs: tuple[str, ...]
-    decays: tuple[str, ...]
     variants: tuple[KernelVariant, ...] = field(repr=False)
+    decays: tuple[str, ...] = ("loglog",)
+    knobs: tuple[str, ...] = KNOBS
 
     @property
     def called(self) -> EntrySpec:
         """The entry that is called: "forward" or "decode"."""
         return next(iter(self.entries.values()))
+
+    @property
+    def is_recurrence(self) -> bool:
+        """Whether it takes tokens one after another, and so has states and decays."""
+        return "decay" in self.knobs
+
+    def reference_options(self, config: OpConfig) -> Mapping[str, str]:
+        """What its reference takes of `config`, by name."""
+        names = ("decay", "state_layout")
+        return {name: getattr(config, name) for name in names if name in self.knobs}
 
     def variant(self, config: OpConfig, entry: str) -> KernelVariant:
         """The kernel that serves `config`. Raises ConfigError with what could be chosen instead."""
@@ -134,6 +156,15 @@ class OpSpec:
 
     def check(self, config: OpConfig) -> None:
         """Raise ConfigError unless every entry of the operator has a kernel for `config`."""
+        for name in SIZES:
+            value = getattr(config, name)
+            if value == 0 and name in self.knobs:
+                raise not_a_size(self.name, name, value)
+        narrowed = self.narrowed(config)
+        for name in KNOBS:
+            value = getattr(config, name)
+            if value != getattr(narrowed, name):
+                raise ConfigError(f"{self.name}: has no {name}, but it is {value!r}; leave it out")
         if config.decay not in self.decays:
             raise ConfigError(
                 f"{self.name}: decay={config.decay!r} is not supported; "
@@ -151,6 +182,16 @@ class OpSpec:
             )
         spacings = {self.checkpoint_spacing(config, entry) for entry in self.entries}
         assert len(spacings) == 1, "both entries share the checkpoints"
+
+    def narrowed(self, config: OpConfig) -> OpConfig:
+        """`config` for this operator, with what that has no knob for at its default."""
+        plain = OpConfig(
+            op=self.name,
+            dtype=config.dtype,
+            arch=config.arch,
+            state_dtype=default_state_dtype(config.dtype),
+        )
+        return replace(plain, **{name: getattr(config, name) for name in self.knobs})
 
     def without_idle_bound(self, config: OpConfig) -> OpConfig:
         """`config`, not bounded where that makes no other kernel: "logit" is bounded as it is."""

@@ -149,6 +149,4 @@ int launch(void (*kernel)(Arguments), const Arguments& args) {
 
 }  // namespace
 
-RWKV_JIT_EXPORT const char* rwkv_jit_error(int code) {
-  return cudaGetErrorString(static_cast<cudaError_t>(code));
-}
+#include "rwkv_jit/cuda/error.h"

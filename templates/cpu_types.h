@@ -21,4 +21,4 @@ constexpr int BLOCK_ROWS = BLOCK_VECTORS * WIDTH;
 
 }  // namespace
 
-RWKV_JIT_EXPORT const char* rwkv_jit_error(int) { return "out of memory"; }
+#include "rwkv_jit/cpu/error.h"

@@ -10,6 +10,4 @@ __device__ __forceinline__ int64_t state_index(int row, int key) {
 
 }  // namespace
 
-RWKV_JIT_EXPORT const char* rwkv_jit_error(int code) {
-  return cudaGetErrorString(static_cast<cudaError_t>(code));
-}
+#include "rwkv_jit/cuda/error.h"

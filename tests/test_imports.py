@@ -54,6 +54,7 @@ FLOW = (
     "autograd",
     "decode_launch",
     "decode",
+    "op",
     "registry",
     "pool",
     "compat.tensors",

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from comparing import random_call, reference, relative_rms
-from rwkv_jit import Op, OpConfig, get_op, list_ops, registry
+from rwkv_jit import Op, OpConfig, get_op, list_ops
+from rwkv_jit import op as op_module
 from rwkv_jit.errors import ArgumentError, ConfigError, KernelMissingError
 from rwkv_jit.launch import announce_reference
 from rwkv_jit.ops import SPECS
@@ -167,7 +168,7 @@ def test_info_says_what_it_is_and_where_it_came_from() -> None:
 def test_reference_mode_runs_the_recurrence_and_says_so_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(registry, "current_settings", lambda: Settings(mode="reference"))
+    monkeypatch.setattr(op_module, "current_settings", lambda: Settings(mode="reference"))
     announce_reference.cache_clear()
     # No kernel of this size is built anywhere in the tests.
     op = get_op(head_size=88, dtype=torch.bfloat16, device="cpu", decay="log")

@@ -201,10 +201,11 @@ def _missing(source: RenderedSource, settings: Settings, unreadable: str) -> str
 def warm_command(config: OpConfig) -> str:
     """The command that builds a configuration, with options only where they are not defaults."""
     options = [
-        f"rwkv-jit warm {config.op} --head-size {config.head_size} --dtype {config.dtype}",
-        f"--arch {display_arch(config.arch)}",
+        f"rwkv-jit warm {config.op}",
+        *([f"--head-size {config.head_size}"] if config.head_size else []),
+        f"--dtype {config.dtype} --arch {display_arch(config.arch)}",
     ]
-    if config.chunk_length != DEFAULT_CHUNK_LENGTH:
+    if config.chunk_length not in (0, DEFAULT_CHUNK_LENGTH):
         options.append(f"--chunk-length {config.chunk_length}")
     if config.decay != "loglog":
         options.append(f"--decay {config.decay}")

@@ -68,8 +68,8 @@ def operator_data(spec: OpSpec) -> dict[str, Any]:
         "summary": spec.summary,
         "formula": spec.formula,
         "parameters": list(spec.parameters),
-        "decays": list(spec.decays),
-        "state_layouts": list(STATE_LAYOUTS),
+        "decays": list(spec.decays) if spec.is_recurrence else [],
+        "state_layouts": list(STATE_LAYOUTS) if "state_layout" in spec.knobs else [],
         "platforms": platforms,
         "entries": {
             name: {
@@ -132,16 +132,16 @@ def _choices(spec: OpSpec, arch: str) -> dict[str, Any]:
             }
             for entry in spec.entries
         ]
-        return sorted(set.intersection(*sets))
+        return sorted(set.intersection(*sets) - {0})
 
     dtypes = sorted(served("dtypes"), key=DTYPES.index)
     head_sizes, chunk_lengths = served("head_sizes"), served("chunk_lengths")
     configs = [
         OpConfig(
             op=spec.name,
-            head_size=head_sizes[0],
+            head_size=head_sizes[0] if head_sizes else 0,
             dtype=dtype,
-            chunk_length=chunk_lengths[0],
+            chunk_length=chunk_lengths[0] if chunk_lengths else 0,
             arch=arch,
             decay=spec.decays[0],
         )
@@ -153,7 +153,9 @@ def _choices(spec: OpSpec, arch: str) -> dict[str, Any]:
         "head_sizes": head_sizes,
         "dtypes": dtypes,
         "chunk_lengths": chunk_lengths,
-        "state_dtypes": {config.dtype: _state_dtypes(spec, config) for config in configs},
+        "state_dtypes": {config.dtype: _state_dtypes(spec, config) for config in configs}
+        if "state_dtype" in spec.knobs
+        else {},
     }
 
 

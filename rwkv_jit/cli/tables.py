@@ -263,6 +263,8 @@ def _choices_table(operator: Mapping[str, Any]) -> Table:
     rows.append(["state dtype", *(_show_states(row["state_dtypes"]) for row in platforms)])
     for name, shown in (("decays", "decay"), ("state_layouts", "state layout")):
         rows.append([shown, *([", ".join(operator[name])] * len(platforms))])
+    # Not every operator can be chosen everything of.
+    rows = [row for row in rows if any(row[1:])]
     return make_table(columns, rows, columns[1:])
 
 
@@ -297,8 +299,8 @@ def _show_states(by_dtype: Mapping[str, Sequence[str]]) -> str:
     groups: dict[str, list[str]] = {}
     for dtype, states in by_dtype.items():
         groups.setdefault(", ".join(states), []).append(dtype)
-    if len(groups) == 1:
-        return next(iter(groups))
+    if len(groups) <= 1:
+        return next(iter(groups), "")
     return "; ".join(f"{states} (for {', '.join(dtypes)})" for states, dtypes in groups.items())
 
 

@@ -27,7 +27,8 @@ DEFAULT_HEAD_SIZE = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choices:
-    """Values of each knob; every combination is meant. Nothing is the default: all operators and
+    """Values of each knob; every combination is meant, of the knobs that an operator has. Nothing is
+    the default: all operators and
     entries, head size 64, bf16 for CUDA and fp32 for a CPU, chunk length 16, decay "loglog", the
     dtype's own state dtype, layout "vk", checkpoints as they are computed, decays unbounded. archs
     are in slug form and have no default."""
@@ -130,9 +131,9 @@ def plan_all(ops: Sequence[str], archs: Sequence[str]) -> list[RenderedSource]:
     for spec in [get_spec(name) for name in ops] or SPECS.values():
         for arch in archs:
             here = [variant for variant in spec.variants if variant.runs_on(arch)]
-            sizes = sorted({size for variant in here for size in variant.head_sizes})
+            sizes = sorted({size for variant in here for size in variant.head_sizes if size})
             dtypes = [d for d in DTYPES if any(d in variant.dtypes for variant in here)]
-            for head_size, dtype in itertools.product(sizes, dtypes):
+            for head_size, dtype in itertools.product(sizes or [DEFAULT_HEAD_SIZE], dtypes):
                 choices = Choices(archs=(arch,), head_sizes=(head_size,), dtypes=(dtype,))
                 (config,) = _combinations(choices, spec.name)
                 with contextlib.suppress(ConfigError):
@@ -239,7 +240,7 @@ def _render_entries(
                 f"{spec.name}: entry={entry!r} does not exist; "
                 f"choose from {', '.join(spec.entries)}"
             )
-    config = spec.without_idle_bound(config)
+    config = spec.without_idle_bound(spec.narrowed(config))
     return [render(spec, config, entry) for entry in entries or spec.entries]
 
 

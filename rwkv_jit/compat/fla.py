@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from ..errors import ArgumentError
-from ..registry import Op
+from ..op import Op
 from .tensors import as_state, check_is_tensor, operator_for
 
 Result = tuple[torch.Tensor, torch.Tensor | None]

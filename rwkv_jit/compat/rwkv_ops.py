@@ -16,7 +16,7 @@ import torch
 
 from ..errors import ArgumentError, ConfigError
 from ..reference.decay import decay_factor
-from ..registry import Op
+from ..op import Op
 from .tensors import as_state, check_is_tensor, operator_for, split_channels, split_heads
 
 Result = torch.Tensor | tuple[torch.Tensor, torch.Tensor]

@@ -6,7 +6,8 @@ import torch
 
 from ..errors import ArgumentError
 from ..launch import TORCH_DTYPES
-from ..registry import Op, get_op
+from ..op import Op
+from ..registry import get_op
 
 
 def operator_for(

@@ -5,11 +5,18 @@ from __future__ import annotations
 from ..errors import ConfigError
 from ..spec import OpSpec
 from .decode import DECODES
+from .gates import A_GATE, RELU_SQUARED, VRES_GATE
+from .kk_pre import KK_PRE
+from .readout import READOUT
+from .token_shift import TOKEN_SHIFT_MIX
 from .wkv5 import WKV5
 from .wkv6 import WKV6
 from .wkv7 import WKV7
 
-SPECS: dict[str, OpSpec] = {spec.name: spec for spec in (WKV5, WKV6, WKV7, *DECODES)}
+ELEMENTWISE = (TOKEN_SHIFT_MIX, A_GATE, VRES_GATE, KK_PRE, READOUT, RELU_SQUARED)
+SPECS: dict[str, OpSpec] = {
+    spec.name: spec for spec in (WKV5, WKV6, WKV7, *DECODES, *ELEMENTWISE)
+}
 
 
 def get_spec(name: str) -> OpSpec:

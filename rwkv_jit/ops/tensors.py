@@ -41,7 +41,7 @@ CU_SEQLENS = TensorSpec(
 )
 CHECKPOINTS = TensorSpec(
     name="checkpoints",
-    shape=("C", "H", "N", "N"),
+    shape=("K", "H", "N", "N"),
     dtype=("checkpoint",),
     meaning="the state before each chunk, in the kernel's own order",
     optional=True,

@@ -1,20 +1,27 @@
-"""Plain PyTorch recurrences: what the kernels are compared with, and RWKV_JIT_MODE=reference."""
+"""Plain PyTorch operators: what the kernels are compared with, and RWKV_JIT_MODE=reference."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from .decode import on_pool
-from .sequences import Result
+from .elementwise import a_gate, kk_pre, readout, relu_squared, token_shift_mix, vres_gate
 from .wkv5 import wkv5
 from .wkv6 import wkv6
 from .wkv7 import wkv7
 
-REFERENCES: Mapping[str, Callable[..., Result]] = {
+REFERENCES: Mapping[str, Callable[..., Any]] = {
     "wkv5": wkv5,
     "wkv6": wkv6,
     "wkv7": wkv7,
     "wkv5_decode": on_pool(wkv5),
     "wkv6_decode": on_pool(wkv6),
     "wkv7_decode": on_pool(wkv7),
+    "token_shift_mix": token_shift_mix,
+    "a_gate": a_gate,
+    "vres_gate": vres_gate,
+    "kk_pre": kk_pre,
+    "readout": readout,
+    "relu_squared": relu_squared,
 }

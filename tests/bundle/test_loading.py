@@ -25,7 +25,7 @@ from rwkv_jit.bundle.make import write_bundle
 from rwkv_jit.config import OpConfig
 from rwkv_jit.errors import BundleError, KernelMissingError
 from rwkv_jit.loader import KernelTable
-from rwkv_jit.registry import Op
+from rwkv_jit.op import Op
 from rwkv_jit.settings import Settings
 
 ROOT = Path(__file__).parent.parent.parent
