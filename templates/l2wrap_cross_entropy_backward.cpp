@@ -2,8 +2,9 @@
 //   dx_c = dloss (exp(x_c - m - logsum) - [c is the target]) + dmaximum [c is the first maximum]
 #include <limits>
 
-//% include "prelude.h"
+//% include "launcher.h"
 #include "rwkv_jit/cpu/decay.h"
+#include "rwkv_jit/cpu/error.h"
 #include "rwkv_jit/cpu/parallel.h"
 #include "rwkv_jit/cpu/row.h"
 //% include "l2wrap_cross_entropy_cpu.h"

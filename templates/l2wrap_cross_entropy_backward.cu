@@ -1,24 +1,19 @@
 // Cross entropy backward: one block a token, which reads the token's logits x once.
 //   dx_c = dloss (exp(x_c - m - logsum) - [c is the target]) + dmaximum [c is the first maximum]
-#include <cuda_runtime.h>
-
-//% include "prelude.h"
+//% include "launcher.h"
+#include "rwkv_jit/cuda/error.h"
 #include "rwkv_jit/cuda/row.cuh"
-//% include "elementwise_types.h"
+//% include "l2wrap_cross_entropy_cuda.h"
 namespace {
-
-using namespace rwkv_jit;
-
-constexpr int THREADS = 256;
 
 __global__ void __launch_bounds__(THREADS) backward(const Arguments args) {
   const int64_t token = blockIdx.x, begin = token * args.C;
   const int64_t target = static_cast<const int64_t*>(args.targets)[token];
   const int64_t argmax = static_cast<const int32_t*>(args.argmax)[token];
-  const bool used = target != -1, exists = 0 <= target && target < args.C;
+  const bool used = target != IGNORED, exists = 0 <= target && target < args.C;
   const float maximum = load_at<float>(args.maximum, token);
   const float logsum = load_at<float>(args.logsum, token);
-  const float dloss = exists ? load_at<float>(args.dloss, token) : __int_as_float(0x7fffffff);
+  const float dloss = exists ? load_at<float>(args.dloss, token) : NOT_A_NUMBER;
   const float dmaximum = load_at<float>(args.dmaximum, token);
   const auto differentiate = [&](int64_t column, auto& x) {
     constexpr int COUNT = sizeof(x) / sizeof(float);

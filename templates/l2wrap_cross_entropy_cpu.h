@@ -2,6 +2,7 @@ namespace {
 
 using namespace rwkv_jit;
 using Element = rwkv_jit::{{dtype}};
+static_assert({{head_size}} == 0, "there are no heads");
 using Real = RealOf<Element>::type;
 constexpr int VECTOR_BYTES = {{vector_bytes}}, WIDTH = VECTOR_BYTES / sizeof(Real);
 using Vector = VectorOf<Real, VECTOR_BYTES>::type;
@@ -28,5 +29,3 @@ int run_tokens(const Arguments& args, const Run& run) {
 }
 
 }  // namespace
-
-RWKV_JIT_EXPORT const char* rwkv_jit_error(int) { return "out of memory"; }

@@ -2,8 +2,9 @@
 //   m = max_c x_c,   logsum = log sum_c exp(x_c - m),   loss = logsum + (m - x_target)
 #include <limits>
 
-//% include "prelude.h"
+//% include "launcher.h"
 #include "rwkv_jit/cpu/decay.h"
+#include "rwkv_jit/cpu/error.h"
 #include "rwkv_jit/cpu/parallel.h"
 #include "rwkv_jit/cpu/row.h"
 //% include "l2wrap_cross_entropy_cpu.h"

@@ -1,15 +1,13 @@
 // Cross entropy forward: one block a token, which reads the token's logits x once.
 //   m = max_c x_c,   logsum = log sum_c exp(x_c - m),   loss = logsum + (m - x_target)
-#include <cuda_runtime.h>
-
-//% include "prelude.h"
+//% include "launcher.h"
+#include "rwkv_jit/cuda/error.h"
 #include "rwkv_jit/cuda/row.cuh"
-//% include "elementwise_types.h"
+//% include "l2wrap_cross_entropy_cuda.h"
 namespace {
 
-using namespace rwkv_jit;
-
-constexpr int THREADS = 256, WARPS = THREADS / 32;
+constexpr int WARPS = THREADS / 32;
+constexpr float INFINITE = __builtin_huge_valf();
 
 // The largest of some logits, the first place that has it, and the sum of all exp(x - largest).
 struct Partial {
@@ -19,7 +17,7 @@ struct Partial {
 
 // What is subtracted from logits; there is nothing to subtract while all are -inf.
 __device__ __forceinline__ float finite_base(float largest) {
-  return largest == -INFINITY ? 0.0f : largest;
+  return largest == -INFINITE ? 0.0f : largest;
 }
 
 template <int COUNT>
@@ -68,21 +66,21 @@ __device__ __forceinline__ Partial merged_block(Partial mine) {
 __global__ void __launch_bounds__(THREADS) forward(const Arguments args) {
   const int64_t token = blockIdx.x, begin = token * args.C;
   const int64_t target = static_cast<const int64_t*>(args.targets)[token];
-  Partial mine = {-INFINITY, 0.0f, 0};
-  if (target != -1) {
+  Partial mine = {-INFINITE, 0.0f, 0};
+  if (target != IGNORED) {
     visit_row<Element, THREADS>(args.logits, begin, args.C,
                                 [&](int64_t column, const auto& x) { add(mine, column, x); });
   }
   mine = merged_block(mine);
   if (threadIdx.x > 0) return;
   float loss = 0.0f, logsum = 0.0f;
-  if (target == -1) {
+  if (target == IGNORED) {
     mine.largest = 0.0f;
   } else {
     logsum = logf(mine.sum);
     const bool exists = 0 <= target && target < args.C;
     loss = exists ? logsum + (mine.largest - load_at<Element>(args.logits, begin + target))
-                  : __int_as_float(0x7fffffff);
+                  : NOT_A_NUMBER;
   }
   store_at<float>(args.loss, token, loss);
   store_at<float>(args.maximum, token, mine.largest);

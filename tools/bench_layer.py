@@ -9,7 +9,6 @@ cold cache where there is a GPU.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 
 import torch
@@ -20,8 +19,7 @@ from rwkv_jit import Op, get_op
 from rwkv_jit.bench.machine import default_device, describe_machine
 from rwkv_jit.bench.timing import copy_bandwidth, extra_memory, time_of
 from rwkv_jit.launch import TORCH_DTYPES
-from rwkv_jit.nn import TimeMix7
-from rwkv_jit.nn.loss import head_l2wrap_cross_entropy, l2wrap_cross_entropy
+from rwkv_jit.nn import TimeMix7, head_l2wrap_cross_entropy, l2wrap_cross_entropy
 from rwkv_jit.settings import current_settings
 
 GATE = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 2e-4}
@@ -176,9 +174,7 @@ def l2wrap_by_hand(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _wkv7(layer: TimeMix7, x: Tensor) -> Op:
-    return get_op(
-        "wkv7", head_size=layer.head_size, dtype=x.dtype, device=x.device, decay="logit"
-    )
+    return get_op("wkv7", head_size=layer.head_size, dtype=x.dtype, device=x.device, decay="logit")
 
 
 def _gradients(
@@ -223,4 +219,4 @@ def _shape(text: str) -> tuple[int, int, int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError
+from .operators import Operators
 from .parameters import checkpoint_part, fill, fill_orthogonal, vectors
-from .steps import token_shift_mix
+
+# Where token_shift_mix has what is made with x_k.
+_KEY = 2
 
 
 class ChannelMix7(nn.Module):
@@ -41,6 +44,7 @@ class ChannelMix7(nn.Module):
                 f"ChannelMix7: layer={layer} must be at least 0 and below layers={layers}"
             )
         self.layer, self.layers = layer, layers
+        self._operators = Operators({"token_shift_mix": None, "relu_squared": None})
         hidden = 4 * width if hidden is None else hidden
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         (self.x_k,) = vectors(1, width, **place)
@@ -92,6 +96,13 @@ class ChannelMix7(nn.Module):
         output_state: whether to return the state, which is the last input.
         cu_seqlens: [S + 1], int32 or int64, with B = 1: sequences packed one after another.
         """
-        (xk,), last = token_shift_mix(x, [self.x_k], state, cu_seqlens)
-        out = self.value(torch.relu(self.key(xk)) ** 2)
-        return out, last if output_state else None
+        ops = self._operators.of(x)
+        mixed = ops["token_shift_mix"](
+            x,
+            x_k=self.x_k.view(-1),
+            initial_state=state,
+            output_final_state=output_state,
+            cu_seqlens=cu_seqlens,
+        )
+        xk, last = mixed[_KEY], mixed[-1]
+        return self.value(ops["relu_squared"](self.key(xk))), last

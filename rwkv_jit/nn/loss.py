@@ -39,7 +39,9 @@ def l2wrap_cross_entropy(
     _check_reduction(name, reduction, _REDUCTIONS)
     _check_targets(name, logits, targets, ignore_index)
     counts = targets != ignore_index
-    op = find(name, 0, computing_dtype(logits), logits.device)
+    op = find(name, computing_dtype(logits), logits.device)
+    loss: Tensor
+    maximum: Tensor
     loss, maximum = op(
         logits.reshape(1, -1, logits.shape[-1]), torch.where(counts, targets, -1).view(1, -1)
     )
@@ -132,7 +134,7 @@ class _Head(torch.autograd.Function):
         return total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         dhidden, dweight = ctx.saved_tensors
         return (

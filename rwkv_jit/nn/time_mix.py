@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from ..errors import ArgumentError
 from .operators import Operators
 from .parameters import checkpoint_part, fill, fill_low_rank, fill_orthogonal, low_rank, vectors
-from .steps import a_gate, kk_pre, readout, token_shift_mix, vres_gate
 
 # Of the normalisation of each head's output: 1e-5 for what is divided by 8, as RWKV-LM has it.
 NORM_EPS = 64e-5
@@ -80,7 +79,9 @@ class TimeMix7(nn.Module):
                 f"TimeMix7: layer={layer} must be at least 0 and below layers={layers}"
             )
         self.layer, self.layers, self.head_size = layer, layers, head_size
-        self._operators = Operators()
+        names = {"token_shift_mix": None, "a_gate": None, "kk_pre": head_size, "wkv7": head_size,
+                 "readout": head_size}  # fmt: skip
+        self._operators = Operators(names if layer == 0 else {**names, "vres_gate": None})
         C, H = width, width // head_size
         ranks = Ranks.suggested(C) if ranks is None else ranks
         place: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -186,25 +187,29 @@ class TimeMix7(nn.Module):
                 f"TimeMix7: v_first is None in layer {self.layer}; pass what the first layer's "
                 "call returned"
             )
+        ops = self._operators.of(x)
         shift, wkv = (None, None) if state is None else state
-        mixes = [self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g]
-        (xr, xw, xk, xv, xa, xg), last = token_shift_mix(x, mixes, shift, cu_seqlens)
+        mixes = (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
+        xr, xw, xk, xv, xa, xg, last = ops["token_shift_mix"](
+            x, *(mix.view(-1) for mix in mixes), shift, output_state, cu_seqlens
+        )
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
         w = F.linear(torch.tanh(xw @ self.w1), self.w2.t(), self.w0.view(-1))
-        a = a_gate((xa @ self.a1) @ self.a2, self.a0)
+        a = ops["a_gate"]((xa @ self.a1) @ self.a2, self.a0.view(-1))
         g = torch.sigmoid(xg @ self.g1) @ self.g2
         if v_first is None:
             v_first = v
         else:
-            v = vres_gate(v, v_first, (xv @ self.v1) @ self.v2, self.v0)
+            gate = (xv @ self.v1) @ self.v2
+            v = ops["vres_gate"](v, v_first, gate, self.v0.view(-1))
 
-        r, w, k, v, a, g = (x.unflatten(-1, self.r_k.shape) for x in (r, w, k, v, a, g))
-        k, minus_kk, kk_a = kk_pre(k, a, self.k_k, self.k_a)
+        r, w, k, v, a, g = (part.unflatten(-1, self.r_k.shape) for part in (r, w, k, v, a, g))
+        k, neg_kk, kk_a = ops["kk_pre"](k, a, self.k_k.view(-1), self.k_a.view(-1))
         # The raw w stands for d = exp(-exp(-1/2) sigmoid(w)), which is RWKV-LM's
         # exp(-exp(-softplus(-w) - 1/2)).
-        wkv7 = self._operators.get("wkv7", r, self.head_size, "logit")
-        y, wkv = wkv7(r, w, k, v, minus_kk, kk_a, wkv, output_state, cu_seqlens)
-        y = readout(y, r, k, v, g, self.r_k, self.ln_x.weight, self.ln_x.bias, self.ln_x.eps)
+        y, wkv = ops["wkv7"](r, w, k, v, neg_kk, kk_a, wkv, output_state, cu_seqlens)
+        norm = self.ln_x
+        y = ops["readout"](y, r, k, v, g, self.r_k, norm.weight, norm.bias, norm.eps)
         out = self.output(y.flatten(2))
         return out, v_first, None if wkv is None else TimeMix7State(last, wkv)
 

@@ -8,7 +8,7 @@ from ..arch import is_cuda
 from ..config import OpConfig
 from ..spec import EntrySpec, KernelVariant, OpSpec, TensorSpec
 from .elementwise import channels
-from .recurrence import CPU_DTYPES, CUDA_DTYPES
+from .recurrence import CPU_DTYPES, CUDA_DTYPES, widest_vector
 from .tensors import gradient
 
 _SIZES = ("B", "T", "C")
@@ -32,7 +32,7 @@ _ARGMAX = TensorSpec(
 
 
 def _constants(config: OpConfig) -> Mapping[str, int]:
-    return {} if is_cuda(config.arch) else {"vector_bytes": vector_bytes(config.arch)}
+    return {} if is_cuda(config.arch) else {"vector_bytes": widest_vector(config.arch)}
 
 
 L2WRAP_CROSS_ENTROPY = OpSpec(
@@ -48,7 +48,13 @@ L2WRAP_CROSS_ENTROPY = OpSpec(
         ),
         "backward": EntrySpec(
             inputs=(
-                _LOGITS, _TARGETS, _MAXIMUM, _LOGSUM, _ARGMAX, gradient(_LOSS), gradient(_MAXIMUM)
+                _LOGITS,
+                _TARGETS,
+                _MAXIMUM,
+                _LOGSUM,
+                _ARGMAX,
+                gradient(_LOSS),
+                gradient(_MAXIMUM),
             ),
             outputs=(gradient(_LOGITS),),
             sizes=_SIZES,
