@@ -9,6 +9,7 @@ cold cache where there is a GPU.
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -39,6 +40,7 @@ def main() -> None:
     bench_layer(arguments.shape, arguments.head_size, dtype, device, arguments.seconds)
     if arguments.classes:
         bench_loss(arguments.shape, arguments.classes, dtype, device, arguments.seconds, bandwidth)
+        bench_head(arguments.shape, arguments.classes, dtype, device, arguments.seconds)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -79,7 +81,7 @@ def bench_layer(
             print(f"{name}: not timed, the error is {error:.1e}")
             continue
         with torch.no_grad():
-            forward = time_of(lambda run=run: run(*inputs), device, seconds)
+            forward = time_of(functools.partial(run, *inputs), device, seconds)
         work = _training(run, inputs, layer)
         both = time_of(work, device, seconds)
         memory = extra_memory(work, device) or 0
@@ -122,7 +124,7 @@ def bench_loss(
     bandwidth: float,
 ) -> None:
     """The loss of half a batch's logits, and with the head of all tokens."""
-    tokens, width = shape[0] * shape[1], shape[2]
+    tokens = shape[0] * shape[1]
     logits = torch.randn(tokens // 2, classes, device=device, dtype=dtype, requires_grad=True)
     targets = torch.randint(classes, (tokens,), device=device)
     some = targets[: tokens // 2]
@@ -135,7 +137,7 @@ def bench_loss(
         return
     for name, loss in (("l2wrap_cross_entropy", l2wrap_cross_entropy), ("plain", l2wrap_by_hand)):
         with torch.no_grad():
-            forward = time_of(lambda loss=loss: loss(logits, some), device, seconds)
+            forward = time_of(functools.partial(loss, logits, some), device, seconds)
         work = _loss_work(loss, logits, some)
         both = time_of(work, device, seconds)
         memory = extra_memory(work, device) or 0
@@ -146,7 +148,14 @@ def bench_loss(
             f"{floor * 3 / 4:.2f} ms",
             flush=True,
         )
-    del logits, ours, exact, right
+
+
+def bench_head(
+    shape: tuple[int, int, int], classes: int, dtype: torch.dtype, device: str, seconds: float
+) -> None:
+    """The loss of all tokens from what the head takes."""
+    tokens, width = shape[0] * shape[1], shape[2]
+    targets = torch.randint(classes, (tokens,), device=device)
     hidden = torch.randn(tokens, width, device=device, dtype=dtype, requires_grad=True)
     weight = (torch.randn(classes, width, device=device) / width**0.5).to(dtype).requires_grad_()
     forms = {
@@ -207,7 +216,7 @@ def _head_work(run: Callable[[], Tensor], hidden: Tensor, weight: Tensor) -> Wor
 
 def _relative_rms(value: Tensor, truth: Tensor) -> float:
     value, truth = value.double(), truth.double()
-    return ((value - truth).norm() / truth.norm()).item()
+    return float((value - truth).norm() / truth.norm())
 
 
 def _shape(text: str) -> tuple[int, int, int]:
