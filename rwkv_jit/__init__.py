@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .config import OpConfig as OpConfig
     from .decode import DecodeOp as DecodeOp
-    from .pool import StatePool as StatePool
     from .op import Op as Op
+    from .pool import StatePool as StatePool
     from .registry import get_op as get_op
     from .registry import list_ops as list_ops
     from .usage import freeze as freeze

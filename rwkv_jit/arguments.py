@@ -122,7 +122,6 @@ def check_arguments(spec: OpSpec, config: OpConfig, tensors: Tensors) -> None:
     if config.head_size:
         known["N"] = config.head_size, "the operator"
     first = entry.inputs[0].name
-    device = None
     for tensor_spec in entry.inputs:
         name, tensor = tensor_spec.name, tensors[tensor_spec.name]
         if tensor is None:
@@ -133,30 +132,39 @@ def check_arguments(spec: OpSpec, config: OpConfig, tensors: Tensors) -> None:
             continue
         if not isinstance(tensor, torch.Tensor):
             raise ArgumentError(f"{spec.name}: {name} is a {type(tensor).__name__}, not a tensor")
-        if device is None:
-            device = tensor.device
-            if not on_device_of(config, tensor):
-                raise ArgumentError(
-                    f"{spec.name}: {name} is on {device}, but the operator was made for "
-                    f"{display_arch(config.arch)}; get one with device={device.type!r}"
-                )
-        elif tensor.device != device:
-            raise ArgumentError(
-                f"{spec.name}: {name} is on {tensor.device}, but {first} is on {device}; "
-                "move them to one device"
-            )
+        _check_device(spec, config, name, tensor, tensors[first])
         _check_dtype(spec, config, tensor_spec, tensor, tensors)
         if name == "cu_seqlens":
             _check_bounds(spec, tensor, tensors[first])
             known["S"] = (tensor.shape[0] - 1, name)
             continue
         _check_shape(spec, tensor_spec, tensor, known)
-        if "S" not in known and "B" in known and tensors.get("cu_seqlens") is None:
+        if tensors.get("cu_seqlens") is None:
             known["S"] = known["B"]
-        if "C" not in known and "H" in known:
-            known["C"] = known["H"][0] * known["N"][0], name
+        if "H" in known:
+            known["C"] = known["H"][0] * known["N"][0], first
     for name in entry.scalars:
         _check_scalar(spec, name, tensors[name])
+
+
+def _check_device(
+    spec: OpSpec,
+    config: OpConfig,
+    name: str,
+    tensor: torch.Tensor,
+    first: torch.Tensor | None,
+) -> None:
+    assert first is not None, "a required input"
+    if tensor is first and not on_device_of(config, tensor):
+        raise ArgumentError(
+            f"{spec.name}: {name} is on {tensor.device}, but the operator was made for "
+            f"{display_arch(config.arch)}; get one with device={tensor.device.type!r}"
+        )
+    if tensor.device != first.device:
+        raise ArgumentError(
+            f"{spec.name}: {name} is on {tensor.device}, but {spec.called.inputs[0].name} is on "
+            f"{first.device}; move them to one device"
+        )
 
 
 def _check_dtype(

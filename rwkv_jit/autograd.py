@@ -171,7 +171,7 @@ class _Call:
         """Whether an output or scratch tensor is made at all."""
         if made.only_with:
             return self.tensors[made.only_with] is not None
-        return self.wanted.get(made.name, True)
+        return bool(self.wanted.get(made.name, True))
 
     def allocate(self) -> tuple[torch.Tensor, ...]:
         """Every output, uninitialised; with no elements where it is not wanted."""

@@ -80,10 +80,9 @@ class OpConfig:
 
     @property
     def slug(self) -> str:
-        """The configuration as a C identifier, e.g. `wkv7_n64_bf16_l16_sm90a`, or `a_gate_bf16_sm90a`
-        where there are no heads and chunks; what differs from the default decay, state dtype,
-        state layout and checkpoint dtype follows the architecture, and last that decays are
-        bounded."""
+        """The configuration as a C identifier, e.g. `wkv7_n64_bf16_l16_sm90a`; without heads and
+        chunks `a_gate_bf16_sm90a`. What differs from the default decay, state dtype, state layout
+        and checkpoint dtype follows the architecture, and last that decays are bounded."""
         parts = [
             self.op,
             f"_n{self.head_size}" if self.head_size else "",

@@ -182,6 +182,7 @@ class DecodeOp:
             announce_reference(self._spec.name)
             if self._device_type == "cpu":
                 check_slots(self._spec.name, tensors[-1], state.shape[0])
+        y: torch.Tensor
         y, advanced = REFERENCES[self._spec.name](
             *tensors,
             decay=self.config.decay,

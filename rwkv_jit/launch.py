@@ -90,8 +90,8 @@ class Kernel:
         device: torch.device,
     ) -> None:
         """Run on the current stream of `device`, where the tensors are. Sizes are those of the
-        entry, its scalars among them. Allocates nothing and does not synchronise. Raises KernelLaunchError with the
-        device's own words."""
+        entry, its scalars among them. Allocates nothing and does not synchronise. Raises
+        KernelLaunchError with the device's own words."""
         gpu = device.index if device.type == "cuda" else -1
         values: list[float] = []
         for source, name in self.sources:

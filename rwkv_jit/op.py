@@ -89,10 +89,10 @@ class Op:
             KERNELS.get(self._slug, entry)
 
     def info(self) -> dict[str, Any]:
-        """What this operator is, of a recurrence whether it relies on a declared bound of the decays
-        and the bytes of states that a forward keeps for the backward, and for each kernel that is
-        loaded where its binary lies, what the compiler said of it (registers, spills, shared
-        memory) and how long it took to build."""
+        """What this operator is, of a recurrence whether it relies on a declared bound of the
+        decays and the bytes of states that a forward keeps for the backward, and for each kernel
+        that is loaded where its binary lies, what the compiler said of it (registers, spills,
+        shared memory) and how long it took to build."""
         recurrence = {
             "bounded": self.config.bounded,
             "kept_bytes_per_token_and_head": self._kept_bytes(),
@@ -197,17 +197,17 @@ class ElementwiseOp(Op):
                 output_final_state=False, cu_seqlens=None)
             y = relu_squared(x)
 
-        x, v, v_first: [B, T, C] in the operator's dtype; any strides. Where there are heads k, a, y,
-            r, v, g: [B, T, H, N].
-        a0, v0, k_k, k_a, x_r, ..., weight, bias: [C], C = H * N where there are heads, same dtype as
-            the first argument or float32. r_k: [H, N], likewise.
+        x, v, v_first: [B, T, C] in the operator's dtype; any strides. Where there are heads k, a,
+            y, r, v, g: [B, T, H, N].
+        a0, v0, k_k, k_a, x_r, ..., weight, bias: [C], C = H * N where there are heads, same dtype
+            as the first argument or float32. r_k: [H, N], likewise.
         initial_state: [B or S, C], the token before the first; zeros if None. cu_seqlens,
             output_final_state: as for the recurrences; final_state is the last token.
 
-        Returns a tensor, or a tuple of tensors; token_shift_mix has None for what has no x_j, and for
-        a final state that is not asked for. All floating inputs get gradients, those of parameters
-        summed in float32 (float64 for float64) in a fixed order. Under autocast the inputs are
-        converted to the operator's dtype, but for parameters of float32.
+        Returns a tensor, or a tuple of tensors; token_shift_mix has None for what has no x_j, and
+        for a final state that is not asked for. All floating inputs get gradients, those of
+        parameters summed in float32 (float64 for float64) in a fixed order. Under autocast the
+        inputs are converted to the operator's dtype, but for parameters of float32.
 
         Raises ArgumentError for tensors that do not fit, and what building or loading a kernel
         raises at the first call. The formula is in `op.info()`.

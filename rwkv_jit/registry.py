@@ -98,7 +98,8 @@ def get_op(
         other choices than head_size, where there are heads, dtype, device, arch and build.
     head_size: N. Of a recurrence on a CPU a multiple of 8 up to 256, on a GPU 16, 32, 64, 128 or
         256; else any up to 256.
-    dtype: of the tokens' vectors and what is made of them: bfloat16, float16 or float32, on a CPU float64 too.
+    dtype: of the tokens' vectors and what is made of them: bfloat16, float16 or float32, on a CPU
+        float64 too.
     chunk_length: L, tokens that a kernel takes together, or that lie between the states kept for
         the backward; 16 if None.
     device: where it will run. None is the GPU if there is one, else the CPU.

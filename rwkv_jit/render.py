@@ -86,7 +86,7 @@ def template_variables(
     variant = spec.variant(config, entry)
     types = {"pointer": "void*", "int64": "int64_t", "int32": "int32_t", "double": "double"}
     block = argument_block(spec.entries[entry], variant)
-    knobs = {
+    knobs: Mapping[str, Mapping[str, int | str]] = {
         "chunk_length": {"chunk_length": config.chunk_length},
         "state_dtype": {"state_dtype": config.state_dtype},
         "decay": {"decay": DECAYS.index(config.decay)},

@@ -12,8 +12,10 @@ from rwkv_jit.launch import TORCH_DTYPES
 from rwkv_jit.ops import SPECS
 from rwkv_jit.reference import REFERENCES
 
-# Operators on whole sequences, and those for serving.
-SEQUENCE_OPS = tuple(name for name, spec in SPECS.items() if "forward" in spec.entries)
+# Recurrences on whole sequences, and those for serving.
+SEQUENCE_OPS = tuple(
+    name for name, spec in SPECS.items() if "forward" in spec.entries and spec.is_recurrence
+)
 DECODE_OPS = tuple(name for name, spec in SPECS.items() if "decode" in spec.entries)
 
 # Relative RMS error allowed, by the operator's dtype: outputs, gradients, gradient of w.

@@ -185,7 +185,8 @@ def _errors_of_step(case: Case, contender: Contender, tensors: Tensors) -> dict[
         return contender.call(x), x["state"]
 
     def truth(x: Tensors) -> Sequence[torch.Tensor | None]:
-        return decode(*x.values(), None, decay=contender.config.decay)
+        y, states = decode(*x.values(), None, decay=contender.config.decay)
+        return y, states
 
     return relative_errors(ours, truth, tensors, ("y", "state"), gradients=False)
 

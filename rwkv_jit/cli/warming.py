@@ -27,11 +27,10 @@ DEFAULT_HEAD_SIZE = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choices:
-    """Values of each knob; every combination is meant, of the knobs that an operator has. Nothing is
-    the default: all operators and
-    entries, head size 64, bf16 for CUDA and fp32 for a CPU, chunk length 16, decay "loglog", the
-    dtype's own state dtype, layout "vk", checkpoints as they are computed, decays unbounded. archs
-    are in slug form and have no default."""
+    """Values of each knob; every combination is meant, of the knobs that an operator has. Nothing
+    is the default: all operators and entries, head size 64, bf16 for CUDA and fp32 for a CPU, chunk
+    length 16, decay "loglog", the dtype's own state dtype, layout "vk", checkpoints as they are
+    computed, decays unbounded. archs are in slug form and have no default."""
 
     archs: tuple[str, ...]
     ops: tuple[str, ...] = ()

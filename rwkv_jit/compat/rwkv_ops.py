@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..errors import ArgumentError, ConfigError
-from ..reference.decay import decay_factor
 from ..op import Op
+from ..reference.decay import decay_factor
 from .tensors import as_state, check_is_tensor, operator_for, split_channels, split_heads
 
 Result = torch.Tensor | tuple[torch.Tensor, torch.Tensor]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
-from ..config import MAX_HEAD_SIZE
+from ..config import MAX_HEAD_SIZE, OpConfig
 from ..spec import EntrySpec, KernelVariant, OpSpec, TensorSpec
 from .recurrence import CPU_DTYPES, CUDA_DTYPES
 from .tensors import gradient
@@ -84,16 +85,17 @@ def elementwise(
                 head_sizes=tuple(range(1, MAX_HEAD_SIZE + 1)) if heads else (0,),
                 dtypes=dtypes,
                 chunk_lengths=(0,),
-                constants=lambda _, platform=platform, at_once=tokens_at_once[entry]: {
-                    "platform": platform,
-                    "tokens_at_once": at_once,
-                },
+                constants=partial(_constants, platform, tokens_at_once[entry]),
                 scratch=scratch[entry],
             )
             for platform, min_arch, dtypes in (("cpu", 0, CPU_DTYPES), ("cuda", 80, CUDA_DTYPES))
             for entry in entries
         ),
     )
+
+
+def _constants(platform: str, tokens_at_once: int, _: OpConfig) -> Mapping[str, int | str]:
+    return {"platform": platform, "tokens_at_once": tokens_at_once}
 
 
 def _arriving(output: TensorSpec) -> TensorSpec:

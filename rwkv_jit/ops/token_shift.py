@@ -32,9 +32,7 @@ TOKEN_SHIFT_MIX = elementwise(
     formula="y_t = x_t + (x_{t-1} - x_t) * x_j,   for each x_j that is given",
     inputs=_INPUTS,
     outputs=(
-        *(
-            replace(channels(use, f"made with x_{use}"), only_with=f"x_{use}") for use in _USES
-        ),
+        *(replace(channels(use, f"made with x_{use}"), only_with=f"x_{use}") for use in _USES),
         _FINAL_STATE,
     ),
     saved=_INPUTS,

@@ -86,10 +86,20 @@ def test_no_named_operator_means_all() -> None:
     assert "wkv7" in ops
 
 
-@pytest.mark.parametrize("ops", [("wkv7",), ()])
-def test_a_combination_that_no_kernel_serves_is_an_error(ops: tuple[str, ...]) -> None:
+def test_a_combination_that_no_kernel_serves_is_an_error() -> None:
     with pytest.raises(ConfigError, match="head_size=65 is not supported on sm_80"):
-        plan(Choices(archs=("sm80",), ops=ops, head_sizes=(64, 65)))
+        plan(Choices(archs=("sm80",), ops=("wkv7",), head_sizes=(64, 65)))
+    with pytest.raises(ConfigError, match="dtype=fp64 is not supported on sm_80"):
+        plan(Choices(archs=("sm80",), dtypes=("bf16", "fp64")))
+
+
+def test_knobs_that_an_operator_has_not_are_passed_over() -> None:
+    choices = Choices(archs=("sm80",), ops=("a_gate", "kk_pre"), head_sizes=(64, 65))
+    assert set(identities(choices)) == {
+        f"{slug}_bf16_sm80.{entry}"
+        for slug in ("a_gate", "kk_pre_n64", "kk_pre_n65")
+        for entry in ("forward", "backward")
+    }
 
 
 def test_unknown_operators_and_entries_are_errors_with_the_choices() -> None:
