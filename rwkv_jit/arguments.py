@@ -15,7 +15,7 @@ from .launch import TORCH_DTYPES, on_device_of
 from .spec import EntrySpec, OpSpec, TensorSpec
 
 # Values of parts of sums. More keep more of a GPU busy, and are themselves written and read.
-_SUMMED_TOGETHER = 1 << 20
+_SUMMED_TOGETHER = 1 << 21
 Tensors = Mapping[str, torch.Tensor | None]
 
 

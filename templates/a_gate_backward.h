@@ -44,6 +44,6 @@ struct Step {
 }  // namespace
 
 RWKV_JIT_EXPORT int rwkv_jit_launch(const Arguments* args) {
-  return run_step_and_sum<Step, Element, HEAD_SIZE, TOKENS_AT_ONCE>(
+  return run_step_and_sum<Step, Element, HEAD_SIZE, Schedule>(
       *args, Sum{args->a0_parts, args->da0, args->da0_dtype});
 }

@@ -15,6 +15,9 @@ using namespace rwkv_jit;
 
 using Element = rwkv_jit::{{dtype}};
 constexpr int HEAD_SIZE = {{head_size}};  // 0 where there are no heads
-constexpr int TOKENS_AT_ONCE = {{tokens_at_once}};
+// On a GPU: tokens that a lane reads before it works on them, and bytes of each access to memory.
+struct Schedule {
+  static constexpr int TOKENS = {{tokens_at_once}}, ACCESS_BYTES = {{access_bytes}};
+};
 
 }  // namespace

@@ -74,7 +74,7 @@ struct Step {
 }  // namespace
 
 RWKV_JIT_EXPORT int rwkv_jit_launch(const Arguments* args) {
-  return run_step_and_sum<Step, Element, HEAD_SIZE, TOKENS_AT_ONCE>(
+  return run_step_and_sum<Step, Element, HEAD_SIZE, Schedule>(
       *args, Sum{args->k_k_parts, args->dk_k, args->dk_k_dtype},
       Sum{args->k_a_parts, args->dk_a, args->dk_a_dtype});
 }

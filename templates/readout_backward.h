@@ -93,7 +93,7 @@ struct Step {
 }  // namespace
 
 RWKV_JIT_EXPORT int rwkv_jit_launch(const Arguments* args) {
-  return run_step_and_sum<Step, Element, HEAD_SIZE, TOKENS_AT_ONCE>(
+  return run_step_and_sum<Step, Element, HEAD_SIZE, Schedule>(
       *args, Sum{args->r_k_parts, args->dr_k, args->dr_k_dtype},
       Sum{args->weight_parts, args->dweight, args->dweight_dtype},
       Sum{args->bias_parts, args->dbias, args->dbias_dtype});

@@ -36,5 +36,5 @@ struct Step {
 }  // namespace
 
 RWKV_JIT_EXPORT int rwkv_jit_launch(const Arguments* args) {
-  return run_step<Step, Element, HEAD_SIZE, TOKENS_AT_ONCE>(*args);
+  return run_step<Step, Element, HEAD_SIZE, Schedule>(*args);
 }

@@ -33,8 +33,11 @@ struct Step {
   RWKV_JIT_STEP Token load(int64_t t) const {
     Token token;
     token.x = lane.load(args.x, t);
+    // Without a branch, which would have each load wait for the one before it.
     each<USES>([&](int use) {
-      if (gradient(use) != nullptr) token.dy[use] = lane.load(gradient(use), t);
+      const bool given = gradient(use) != nullptr;
+      const Packed dy = lane.load(given ? gradient(use) : args.x, t);
+      token.dy[use] = given ? dy : Packed{};
     });
     return token;
   }
@@ -46,7 +49,6 @@ struct Step {
     Real x[COUNT], all[COUNT] = {}, earlier[COUNT] = {};
     lane.unpack(token.x, x);
     each<USES>([&](int use) {
-      if (gradient(use) == nullptr) return;
       Real dy[COUNT];
       lane.unpack(token.dy[use], dy);
       each<COUNT>([&](int i) {
@@ -116,7 +118,7 @@ struct Step {
 }  // namespace
 
 RWKV_JIT_EXPORT int rwkv_jit_launch(const Arguments* args) {
-  return run_step_and_sum<Step, Element, HEAD_SIZE, TOKENS_AT_ONCE>(
+  return run_step_and_sum<Step, Element, HEAD_SIZE, Schedule>(
       *args, Sum{args->x_r_parts, args->dx_r, args->dx_r_dtype},
       Sum{args->x_w_parts, args->dx_w, args->dx_w_dtype},
       Sum{args->x_k_parts, args->dx_k, args->dx_k_dtype},

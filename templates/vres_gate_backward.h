@@ -53,6 +53,6 @@ struct Step {
 }  // namespace
 
 RWKV_JIT_EXPORT int rwkv_jit_launch(const Arguments* args) {
-  return run_step_and_sum<Step, Element, HEAD_SIZE, TOKENS_AT_ONCE>(
+  return run_step_and_sum<Step, Element, HEAD_SIZE, Schedule>(
       *args, Sum{args->v0_parts, args->dv0, args->dv0_dtype});
 }

@@ -145,7 +145,8 @@ def test_activation_checkpointing_gives_the_same_gradients(name: str) -> None:
 def test_a_cuda_graph_on_a_side_stream_replays_forward_and_backward(name: str) -> None:
     op = make_op(name, torch.bfloat16, "cuda")
     leaves = {n: x.requires_grad_() for n, x in draw(name, torch.bfloat16, "cuda").items()}
-    dys = [torch.randn_like(y) for y in outputs_of(op(**leaves))]
+    with torch.no_grad():
+        dys = [torch.randn_like(y) for y in outputs_of(op(**leaves))]
 
     def work() -> list[torch.Tensor]:
         outputs = outputs_of(op(**leaves))

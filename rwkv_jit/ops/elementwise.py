@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 from ..config import MAX_HEAD_SIZE, OpConfig
@@ -12,6 +12,15 @@ from .recurrence import CPU_DTYPES, CUDA_DTYPES
 from .tensors import gradient
 
 _SIZES = ("B", "T", "S", "C", "G")
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """How many tokens a thread of a GPU reads before it works on them, so that enough is on its way,
+    and the bytes of each access to memory, of which fewer need fewer registers."""
+
+    tokens_at_once: int
+    access_bytes: int = 16
 
 
 def channels(name: str, meaning: str) -> TensorSpec:
@@ -40,7 +49,7 @@ def elementwise(
     inputs: Sequence[TensorSpec],
     outputs: Sequence[TensorSpec],
     saved: Sequence[TensorSpec],
-    tokens_at_once: Mapping[str, int],
+    schedules: Mapping[str, Schedule],
     heads: bool = False,
     scalars: Mapping[str, float] | None = None,
     parameters: Sequence[str] | None = None,
@@ -50,7 +59,7 @@ def elementwise(
     inputs: in the order of the call; those with two dtypes are parameters, whose gradients are sums
         over all tokens.
     saved: of the inputs those that the backward reads.
-    tokens_at_once: of each entry how many tokens a thread of a GPU loads before it works on them.
+    schedules: of each entry how a GPU goes about it.
     heads: whether a token's channels are heads of the configuration's size.
     parameters: the public call where it is not inputs and scalars in their order.
     """
@@ -85,7 +94,7 @@ def elementwise(
                 head_sizes=tuple(range(1, MAX_HEAD_SIZE + 1)) if heads else (0,),
                 dtypes=dtypes,
                 chunk_lengths=(0,),
-                constants=partial(_constants, platform, tokens_at_once[entry]),
+                constants=partial(_constants, platform, schedules[entry]),
                 scratch=scratch[entry],
             )
             for platform, min_arch, dtypes in (("cpu", 0, CPU_DTYPES), ("cuda", 80, CUDA_DTYPES))
@@ -94,8 +103,8 @@ def elementwise(
     )
 
 
-def _constants(platform: str, tokens_at_once: int, _: OpConfig) -> Mapping[str, int | str]:
-    return {"platform": platform, "tokens_at_once": tokens_at_once}
+def _constants(platform: str, schedule: Schedule, _: OpConfig) -> Mapping[str, int | str]:
+    return {"platform": platform, **asdict(schedule)}
 
 
 def _arriving(output: TensorSpec) -> TensorSpec:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .elementwise import channels, elementwise, parameter
+from .elementwise import Schedule, channels, elementwise, parameter
 
 _X = channels("x", "what the gate is made of")
 _A0 = parameter("a0", "added to x")
@@ -19,7 +19,7 @@ A_GATE = elementwise(
     inputs=(_X, _A0),
     outputs=(_Y,),
     saved=(_X, _A0),
-    tokens_at_once={"forward": 4, "backward": 4},
+    schedules={"forward": Schedule(4), "backward": Schedule(4)},
 )
 VRES_GATE = elementwise(
     name="vres_gate",
@@ -28,7 +28,7 @@ VRES_GATE = elementwise(
     inputs=(_V, _V_FIRST, _X, _V0),
     outputs=(_Y,),
     saved=(_V, _V_FIRST, _X, _V0),
-    tokens_at_once={"forward": 2, "backward": 2},
+    schedules={"forward": Schedule(2), "backward": Schedule(2)},
 )
 RELU_SQUARED = elementwise(
     name="relu_squared",
@@ -37,5 +37,5 @@ RELU_SQUARED = elementwise(
     inputs=(_KEY,),
     outputs=(_Y,),
     saved=(_KEY,),
-    tokens_at_once={"forward": 4, "backward": 4},
+    schedules={"forward": Schedule(4), "backward": Schedule(4)},
 )

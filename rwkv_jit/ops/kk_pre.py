@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .elementwise import elementwise, parameter
+from .elementwise import Schedule, elementwise, parameter
 from .tensors import K, token
 
 _A = token("a", "in-context learning rate, from 0 to 1")
@@ -20,6 +20,6 @@ KK_PRE = elementwise(
         token("kk_a", "kk * a, the recurrence's b"),
     ),
     saved=(K, _A, _K_K, _K_A),
-    tokens_at_once={"forward": 2, "backward": 1},
+    schedules={"forward": Schedule(2), "backward": Schedule(1)},
     heads=True,
 )

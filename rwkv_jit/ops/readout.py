@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .elementwise import elementwise, parameter
+from .elementwise import Schedule, elementwise, parameter
 from .tensors import K, R, V, Y, token
 
 _INPUTS = (
@@ -23,7 +23,7 @@ READOUT = elementwise(
     inputs=_INPUTS,
     outputs=(token("out", "result"),),
     saved=_INPUTS,
-    tokens_at_once={"forward": 1, "backward": 1},
+    schedules={"forward": Schedule(1), "backward": Schedule(1)},
     heads=True,
     scalars={"eps": 64e-5},
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .elementwise import channels, elementwise, parameter
+from .elementwise import Schedule, channels, elementwise, parameter
 from .tensors import CU_SEQLENS, FINAL_STATE, INITIAL_STATE
 
 _USES = {
@@ -36,7 +36,7 @@ TOKEN_SHIFT_MIX = elementwise(
         _FINAL_STATE,
     ),
     saved=_INPUTS,
-    tokens_at_once={"forward": 4, "backward": 1},
+    schedules={"forward": Schedule(4), "backward": Schedule(2, 8)},
     parameters=(
         "x",
         *(tensor.name for tensor in _MIXES),

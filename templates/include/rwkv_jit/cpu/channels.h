@@ -93,7 +93,7 @@ void run_group(const Args& args, int64_t group, int64_t channel) {
 }
 
 // Takes all tokens. Returns the launcher's code.
-template <template <typename> class Step, typename Element, int HEAD_SIZE, int, typename Args>
+template <template <typename> class Step, typename Element, int HEAD_SIZE, typename, typename Args>
 int run_step(const Args& args) {
   constexpr int UNIT = HEAD_SIZE > 0 ? HEAD_SIZE : UNIT_CHANNELS_AT_ONCE;
   const double work = 10.0 * args.C * (double(args.B) * args.T / args.G + 1);
@@ -136,10 +136,10 @@ void add_parts(const Args& args, const Sum& sum) {
 }
 
 // The same, then adds up the parts that it left of sums over tokens.
-template <template <typename> class Step, typename Element, int HEAD_SIZE, int AT_ONCE,
+template <template <typename> class Step, typename Element, int HEAD_SIZE, typename Schedule,
           typename Args, typename... Each>
 int run_step_and_sum(const Args& args, const Each&... sums) {
-  const int code = run_step<Step, Element, HEAD_SIZE, AT_ONCE>(args);
+  const int code = run_step<Step, Element, HEAD_SIZE, Schedule>(args);
   (add_parts<Element>(args, sums), ...);
   return code;
 }

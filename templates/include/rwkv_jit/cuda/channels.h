@@ -7,7 +7,6 @@
 namespace rwkv_jit {
 
 constexpr int GROUP_THREADS = 128;  // of a block
-constexpr int ACCESS_BYTES = 16;
 
 // Calls f(0) ... f(COUNT - 1).
 template <int COUNT, typename Function>
@@ -157,10 +156,10 @@ int launch_lanes(const Args& args) {
 }
 
 // Takes all tokens. Returns the launcher's code.
-template <template <typename> class Step, typename Element, int HEAD_SIZE, int AT_ONCE,
+template <template <typename> class Step, typename Element, int HEAD_SIZE, typename Schedule,
           typename Args>
 int run_step(const Args& args) {
-  constexpr int WIDTH = ACCESS_BYTES / sizeof(Element);
+  constexpr int AT_ONCE = Schedule::TOKENS, WIDTH = Schedule::ACCESS_BYTES / sizeof(Element);
   if constexpr (HEAD_SIZE > 0) {
     constexpr int HEAD_WIDTH = HEAD_SIZE % WIDTH == 0 ? WIDTH : 1;
     return launch_lanes<Step, Lane<Element, HEAD_SIZE, HEAD_WIDTH>, AT_ONCE>(args);
@@ -206,10 +205,10 @@ __global__ void __launch_bounds__(SUM_WARPS * 32)
 }
 
 // The same, then adds up the parts that it left of sums over tokens.
-template <template <typename> class Step, typename Element, int HEAD_SIZE, int AT_ONCE,
+template <template <typename> class Step, typename Element, int HEAD_SIZE, typename Schedule,
           typename Args, typename... Each>
 int run_step_and_sum(const Args& args, const Each&... each_sum) {
-  const int code = run_step<Step, Element, HEAD_SIZE, AT_ONCE>(args);
+  const int code = run_step<Step, Element, HEAD_SIZE, Schedule>(args);
   if (code != cudaSuccess || args.C == 0) return code;
   constexpr int COUNT = sizeof...(Each);
   const Sums<COUNT> sums = {each_sum...};
