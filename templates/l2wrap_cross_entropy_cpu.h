@@ -15,9 +15,7 @@ constexpr Real NOT_A_NUMBER = std::numeric_limits<Real>::quiet_NaN();
 constexpr Real LEAST = sizeof(Real) == sizeof(float) ? -88 : -745;
 
 // e^x of x that are at most 0, or not numbers.
-inline Vector exponential(Vector x) {
-  return Exp(x < LEAST ? splat<Vector>(LEAST) : x).value;
-}
+inline Vector exponential(Vector x) { return Exp(x < LEAST ? splat<Vector>(LEAST) : x).value; }
 
 template <typename Run>
 int run_tokens(const Arguments& args, const Run& run) {

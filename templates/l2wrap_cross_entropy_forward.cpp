@@ -26,9 +26,8 @@ void run_token(const Arguments& args, int64_t token) {
     // All -inf: nothing to subtract.
     const Vector base = splat<Vector>(maximum == -INFINITE ? Real(0) : maximum);
     Vector sum = {};
-    visit_row<VECTOR_BYTES>(x, args.C, -INFINITE, [&](int64_t, Vector some, int) {
-      sum += exponential(some - base);
-    });
+    visit_row<VECTOR_BYTES>(x, args.C, -INFINITE,
+                            [&](int64_t, Vector some, int) { sum += exponential(some - base); });
     logsum = std::log(lane_sum<Real, WIDTH>(sum));
     loss = 0 <= target && target < args.C ? logsum + (maximum - load(x[target])) : NOT_A_NUMBER;
   }

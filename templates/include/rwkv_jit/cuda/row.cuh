@@ -22,8 +22,7 @@ __device__ __forceinline__ void visit_row(const void* row, int64_t begin, int64_
   };
   if (threadIdx.x < first) visit_one(threadIdx.x);
   // All loads of a pass before its arithmetic: they are what there is to wait for.
-  for (int64_t from = first + threadIdx.x * WIDTH; from < last;
-       from += AT_ONCE * THREADS * WIDTH) {
+  for (int64_t from = first + threadIdx.x * WIDTH; from < last; from += AT_ONCE * THREADS * WIDTH) {
     float values[AT_ONCE][WIDTH];
 #pragma unroll
     for (int i = 0; i < AT_ONCE; ++i) {
