@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .config import OpConfig as OpConfig
     from .decode import DecodeOp as DecodeOp
+    from .op import ElementwiseOp as ElementwiseOp
     from .op import Op as Op
     from .pool import StatePool as StatePool
     from .registry import get_op as get_op
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "DecodeOp",
+    "ElementwiseOp",
     "Op",
     "OpConfig",
     "StatePool",
@@ -33,6 +35,7 @@ __all__ = [
 
 _HOMES = {
     "DecodeOp": "decode",
+    "ElementwiseOp": "op",
     "Op": "op",
     "OpConfig": "config",
     "StatePool": "pool",

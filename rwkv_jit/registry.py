@@ -62,7 +62,7 @@ def get_op(
 def get_op(
     name: str = "wkv7",
     *,
-    head_size: int,
+    head_size: int | None = None,
     dtype: torch.dtype,
     chunk_length: int | None = None,
     device: torch.device | str | int | None = None,

@@ -1,4 +1,5 @@
-// token_shift_mix backward. With p_t = sum over uses of dy_t * x_j and q_t that of dy_t * (1 - x_j):
+// token_shift_mix backward, with p_t the sum over uses of dy_t * x_j and q_t that of
+// dy_t * (1 - x_j):
 //   dx_t = q_t + p_{t+1},   dx_j sums dy_t * (x_{t-1} - x_t) over tokens
 // p of a sequence's first token is the gradient of its initial state; in p's place after the last
 // one comes the gradient of its final state. So a token is done when the next one has been read.

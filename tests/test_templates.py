@@ -13,7 +13,7 @@ from rwkv_jit.arch import CUDA_ARCHES, host_cpu_arch
 from rwkv_jit.build import kernel_resources
 from rwkv_jit.config import OpConfig
 from rwkv_jit.errors import ToolchainError
-from rwkv_jit.ops import SPECS
+from rwkv_jit.ops import ELEMENTWISE, SPECS
 from rwkv_jit.render import render, template_dir, template_variables
 from rwkv_jit.settings import Settings
 from rwkv_jit.toolchain import find_toolchain
@@ -114,6 +114,11 @@ TARGETS = [
     *(("sm90a", size, "fp32") for size in (64, 128)),
     *((arch, 64, "fp32") for arch in ("sm80", "sm120")),
 ]
+STEP_TARGETS = [
+    *((arch, 64, "bf16") for arch in CUDA_ARCHES),
+    *(("sm90a", size, "bf16") for size in (7, 48, 253)),
+    *(("sm80", size, "fp32") for size in (64, 256)),
+]
 # wkv5 has the templates of wkv6, but for the decays on tensor cores.
 FEWER_TARGETS = [*((arch, 64, "bf16") for arch in CUDA_ARCHES), ("sm80", 256, "fp16")]
 
@@ -123,6 +128,7 @@ FEWER_TARGETS = [*((arch, 64, "bf16") for arch in CUDA_ARCHES), ("sm80", 256, "f
     [
         (op, entry, *row)
         for op, spec in SPECS.items()
+        if spec.is_recurrence
         for row in (FEWER_TARGETS if op.startswith("wkv5") else TARGETS)
         for entry in spec.entries
     ],
@@ -131,6 +137,35 @@ def test_every_cuda_template_compiles_and_nothing_spills(
     op: str, arch: str, size: int, dtype: str, entry: str, tmp_path: Path
 ) -> None:
     config = OpConfig(op=op, head_size=size, dtype=dtype, chunk_length=16, arch=arch)
+    assert_nothing_spills(config, entry, tmp_path)
+
+
+@pytest.mark.parametrize("entry", ["forward", "backward"])
+@pytest.mark.parametrize(
+    ("op", "arch", "size", "dtype"),
+    [
+        (spec.name, arch, size if spec.knobs else 0, dtype)
+        for spec in ELEMENTWISE
+        for arch, size, dtype in STEP_TARGETS
+        if spec.knobs or size == 64
+    ],
+)
+def test_every_step_compiles_and_nothing_spills(
+    op: str, arch: str, size: int, dtype: str, entry: str, tmp_path: Path
+) -> None:
+    config = OpConfig(op=op, head_size=size, dtype=dtype, arch=arch)
+    assert_nothing_spills(config, entry, tmp_path)
+
+
+@pytest.mark.parametrize("entry", ["forward", "backward"])
+@pytest.mark.parametrize(
+    ("arch", "dtype"),
+    [*((arch, "bf16") for arch in CUDA_ARCHES), ("sm80", "fp16"), ("sm80", "fp32")],
+)
+def test_the_loss_compiles_and_nothing_spills(
+    arch: str, dtype: str, entry: str, tmp_path: Path
+) -> None:
+    config = OpConfig(op="l2wrap_cross_entropy", dtype=dtype, arch=arch)
     assert_nothing_spills(config, entry, tmp_path)
 
 

@@ -21,11 +21,12 @@ from ..ops import get_spec
 from ..reference import REFERENCES
 from ..registry import get_op
 from ..settings import current_settings
+from ..spec import OpSpec
 from .cases import Case
 from .gate import LIMITS
 from .inputs import Tensors
 
-Call = Callable[[Tensors], torch.Tensor]
+Call = Callable[[Tensors], Sequence[torch.Tensor]]
 
 OURS = "rwkv_jit"
 LOOP = "loop"
@@ -33,9 +34,10 @@ LOOP = "loop"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contender:
-    """Something that computes y.
+    """Something that computes what an operator does.
 
-    call: takes the operator's tensors by name; differentiable.
+    call: takes the operator's tensors by name; differentiable. Returns y, or each result of a step
+        that has several.
     config: what those are like: dtypes, and what w means.
     limit: the largest error that the gate lets pass.
     kernels: for each entry the template that serves it, of ours.
@@ -84,7 +86,7 @@ def ours(case: Case, device: str) -> Contender:
     spec = get_spec(case.op)
     op = get_op(
         case.op,
-        head_size=case.shape.head_size,
+        head_size=case.shape.head_size if "head_size" in spec.knobs else None,
         dtype=TORCH_DTYPES[case.dtype],
         device=device,
         decay=spec.decays[0],
@@ -92,10 +94,9 @@ def ours(case: Case, device: str) -> Contender:
         state_dtype=TORCH_DTYPES[case.state_dtype] if case.state_dtype else None,
     )
 
-    def call(tensors: Tensors) -> torch.Tensor:
+    def call(tensors: Tensors) -> Sequence[torch.Tensor]:
         results: Any = op(**tensors)
-        y: torch.Tensor = results if is_serving(case.op) else results[0]
-        return y
+        return _compared(spec, results)
 
     return Contender(
         name=OURS,
@@ -116,9 +117,21 @@ def loop(config: OpConfig) -> Contender:
 
 
 def reference(config: OpConfig, dtype: torch.dtype) -> Call:
-    """The recurrence of an operator, computed in `dtype`."""
-    recurrence = REFERENCES[config.op]
-    return lambda tensors: recurrence(**tensors, decay=config.decay, compute_dtype=dtype)[0]
+    """The formula of an operator, computed in `dtype`."""
+    spec, formula = get_spec(config.op), REFERENCES[config.op]
+    options = spec.reference_options(config)
+
+    def call(tensors: Tensors) -> Sequence[torch.Tensor]:
+        return _compared(spec, formula(**tensors, **options, compute_dtype=dtype))
+
+    return call
+
+
+def _compared(spec: OpSpec, results: Any) -> Sequence[torch.Tensor]:
+    """Of the results of an operator those that are compared: of a recurrence y alone."""
+    if isinstance(results, torch.Tensor):
+        return (results,)
+    return results[:1] if spec.is_recurrence else [x for x in results if x is not None]
 
 
 def peers(config: OpConfig) -> Iterator[Contender | Absentee]:
@@ -130,13 +143,13 @@ def peers(config: OpConfig) -> Iterator[Contender | Absentee]:
             yield Absentee(name=peer.name, status="missing", why="runs on a GPU only")
             continue
         try:
-            call = peer.make(importlib.import_module(peer.module))
+            y_of = peer.make(importlib.import_module(peer.module))
         except ImportError as error:
             yield Absentee(name=peer.name, status="missing", why=str(error))
         except Exception as error:  # noqa: BLE001 - what others do on import is theirs
             yield Absentee(name=peer.name, status="failed", why=first_line(error))
         else:
-            yield _as_peer(peer.name, call, config, peer.decay)
+            yield _as_peer(peer.name, y_of, config, peer.decay)
 
 
 def peer_of_file(path: Path, config: OpConfig) -> Contender | Absentee | None:
@@ -163,29 +176,36 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
-def _as_peer(name: str, call: Call, config: OpConfig, decay: str) -> Contender:
+def _as_peer(
+    name: str, y_of: Callable[[Tensors], torch.Tensor], config: OpConfig, decay: str
+) -> Contender:
     """A contender on the same inputs, with the decay written as it wants. Raises ConfigError."""
     theirs = replace(config, decay=decay)
-    return Contender(name=name, call=call, config=theirs, limit=LIMITS[config.dtype])
+    return Contender(
+        name=name,
+        call=lambda tensors: (y_of(tensors),),
+        config=theirs,
+        limit=LIMITS[config.dtype],
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Peer:
-    """A known peer. make: its call, from its module."""
+    """A known peer. make: what computes its y, from its module."""
 
     name: str
     op: str
     module: str
     decay: str
     needs_gpu: bool
-    make: Callable[[ModuleType], Call]
+    make: Callable[[ModuleType], Callable[[Tensors], torch.Tensor]]
 
 
-def _flash_linear_attention(module: ModuleType) -> Call:
+def _flash_linear_attention(module: ModuleType) -> Callable[[Tensors], torch.Tensor]:
     return lambda tensors: module.chunk_rwkv7(**tensors, scale=1.0)[0]
 
 
-def _rwkv7_hf(module: ModuleType) -> Call:
+def _rwkv7_hf(module: ModuleType) -> Callable[[Tensors], torch.Tensor]:
     """It takes the factor itself, in float32, and wants a state."""
 
     def call(tensors: Tensors) -> torch.Tensor:

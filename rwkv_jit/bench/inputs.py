@@ -9,26 +9,28 @@ import torch
 from ..arguments import allowed_dtypes, entry_sizes
 from ..config import OpConfig, default_state_dtype
 from ..launch import TORCH_DTYPES
-from ..spec import OpSpec
+from ..spec import OpSpec, TensorSpec
 from .cases import Shape
 
 Tensors = dict[str, torch.Tensor]
 
 
 def draw(spec: OpSpec, config: OpConfig, shape: Shape, device: str) -> Tensors:
-    """The inputs that `spec` cannot do without, by name; the same from call to call.
+    """The inputs that `spec` cannot do without, and those that outputs are made with, by name; the
+    same from call to call.
 
-    Names mean the same in every operator. w holds the same decays in every convention, as far as
+    Names mean the same in every recurrence. w holds the same decays in every convention, as far as
     the dtype can: d = exp(-exp(-1/2) sigmoid(x)) with x normal. |a| = 1 and b = -a * gate.
     """
     sizes = {"B": shape.batch, "T": shape.length, "H": shape.heads, "N": shape.head_size}
-    sizes["P"] = shape.batch
+    sizes.update(P=shape.batch, C=shape.heads * shape.head_size)
+    wanted = {output.only_with for output in spec.called.outputs}
     precise = TORCH_DTYPES[default_state_dtype(config.dtype)]
     generator = torch.Generator(device).manual_seed(0)
     exact: Tensors = {}
     drawn: Tensors = {}
     for tensor in spec.called.inputs:
-        if tensor.optional:
+        if tensor.optional and tensor.name not in wanted:
             continue
         x = torch.randn(
             [sizes[letter] for letter in tensor.shape],
@@ -36,14 +38,12 @@ def draw(spec: OpSpec, config: OpConfig, shape: Shape, device: str) -> Tensors:
             dtype=precise,
             device=device,
         )
-        if tensor.name == "w":
-            x = _decay(x, config.decay)
-        elif tensor.name == "a":
-            x = -torch.nn.functional.normalize(x, dim=-1)
-        elif tensor.name == "b":
-            x = -exact["a"] * torch.sigmoid(x)
+        if spec.is_recurrence:
+            x = _as_model(tensor.name, x, config.decay, exact)
         exact[tensor.name] = x
-        drawn[tensor.name] = x.to(allowed_dtypes(tensor, config, drawn)[0])
+        dtype = allowed_dtypes(tensor, config, drawn)[0]
+        # The only whole numbers that there are choose a channel.
+        drawn[tensor.name] = x.to(dtype) if dtype.is_floating_point else _chosen(x, sizes["C"])
     return drawn
 
 
@@ -57,8 +57,8 @@ def fewest_bytes(spec: OpSpec, config: OpConfig, tensors: Tensors, *, backward: 
     """Bytes of a call with `tensors` if each is moved once by each entry that names it, and twice
     where it is changed.
 
-    backward: of forward and backward together. What is optional does not count, nor does what the
-    forward saves for the backward alone.
+    backward: of forward and backward together. What is optional counts where it is there, and what
+    the forward saves for the backward alone does not.
     """
     name, called = next(iter(spec.entries.items()))
     sizes = entry_sizes(called, spec.checkpoint_spacing(config, name), tensors)
@@ -68,11 +68,35 @@ def fewest_bytes(spec: OpSpec, config: OpConfig, tensors: Tensors, *, backward: 
     for entry in (called, spec.entries["backward"]) if backward else (called,):
         changed = [tensor for tensor in entry.inputs if tensor.mutated]
         for tensor in (*entry.inputs, *entry.outputs, *changed):
-            if tensor.optional or tensor.name in spec.saved_outputs:
+            if not _is_there(spec, tensor, tensors):
                 continue
             dtype = allowed_dtypes(tensor, config, tensors)[0]
             total += math.prod(sizes[letter] for letter in tensor.shape) * dtype.itemsize
     return total
+
+
+def _is_there(spec: OpSpec, tensor: TensorSpec, tensors: Tensors) -> bool:
+    """Whether a tensor of an entry is one of `tensors`, or made with them."""
+    made_with = {output.name: output.only_with for output in spec.called.outputs}
+    if tensor.name in spec.saved_outputs:
+        return False
+    if tensor.only_with:
+        return tensor.only_with in tensors
+    given = tensor.name in tensors or made_with.get(tensor.name.removeprefix("d")) in tensors
+    return given or not tensor.optional
+
+
+def _as_model(name: str, x: torch.Tensor, decay: str, exact: Tensors) -> torch.Tensor:
+    if name == "w":
+        return _decay(x, decay)
+    if name == "a":
+        return -torch.nn.functional.normalize(x, dim=-1)
+    return -exact["a"] * torch.sigmoid(x) if name == "b" else x
+
+
+def _chosen(x: torch.Tensor, count: int) -> torch.Tensor:
+    """Numbers below `count`, of normal ones."""
+    return (torch.special.ndtr(x) * count).long().clamp(0, count - 1)
 
 
 def _decay(x: torch.Tensor, decay: str) -> torch.Tensor:

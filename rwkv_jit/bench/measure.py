@@ -174,7 +174,14 @@ def _errors(case: Case, contender: Contender, device: str) -> dict[str, float]:
     if is_serving(case.op):
         return _errors_of_step(case, contender, tensors)
     truth = reference(config, torch.float64)
-    return relative_errors(lambda x: (contender.call(x),), lambda x: (truth(x),), tensors)
+    return relative_errors(contender.call, truth, tensors, _compared_names(case, tensors))
+
+
+def _compared_names(case: Case, tensors: Tensors) -> list[str]:
+    """Of what contenders return, in order."""
+    outputs = get_spec(case.op).called.outputs
+    there = [x.name for x in outputs if not x.optional and x.only_with in ("", *tensors)]
+    return there[: 1 if get_spec(case.op).is_recurrence else None]
 
 
 def _errors_of_step(case: Case, contender: Contender, tensors: Tensors) -> dict[str, float]:
@@ -182,7 +189,7 @@ def _errors_of_step(case: Case, contender: Contender, tensors: Tensors) -> dict[
     decode = REFERENCES[case.op]
 
     def ours(x: Tensors) -> Sequence[torch.Tensor]:
-        return contender.call(x), x["state"]
+        return *contender.call(x), x["state"]
 
     def truth(x: Tensors) -> Sequence[torch.Tensor | None]:
         y, states = decode(*x.values(), None, decay=contender.config.decay)
@@ -201,16 +208,17 @@ def _time(
         timing = time_of_step(lambda: contender.call(tensors), device, seconds)
         least = fewest_bytes(spec, config, tensors, backward=False)
         return {STEP: Pass(timing=timing, floor_ms=least / bandwidth * 1e3)}, None
-    leaves = {name: x.detach().clone().requires_grad_() for name, x in tensors.items()}
+    given_in = {name: x.detach().clone() for name, x in tensors.items()}
+    leaves = [x.requires_grad_() for x in given_in.values() if x.is_floating_point()]
     with torch.no_grad():
-        dy = draw_gradient(contender.call(tensors))
+        given = [draw_gradient(x) for x in contender.call(tensors)]
 
     def forward() -> None:
         with torch.no_grad():
             contender.call(tensors)
 
     def both() -> None:
-        torch.autograd.grad(contender.call(leaves), list(leaves.values()), dy)
+        torch.autograd.grad(contender.call(given_in), leaves, given)
 
     passes = {}
     for name, work in zip(PASSES, (forward, both), strict=True):

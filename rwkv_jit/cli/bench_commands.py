@@ -163,11 +163,13 @@ def _check_plot(path: Path) -> None:
 
 
 def _sequences(ops: Sequence[str]) -> list[str]:
-    """The operators of a plot, whose axes are those of whole sequences."""
-    serving = [op for op in ops if _is_serving(op)]
-    if serving:
-        raise typer.BadParameter(f"{serving[0]} has no plot", param_hint="--plot")
-    return list(ops) or [op for op in SPECS if not _is_serving(op)]
+    """The operators of a plot, whose axes are those of recurrences on whole sequences."""
+    others = [op for op in ops if _is_serving(op) or not get_spec(op).is_recurrence]
+    if others:
+        raise typer.BadParameter(f"{others[0]} has no plot", param_hint="--plot")
+    return list(ops) or [
+        name for name, spec in SPECS.items() if spec.is_recurrence and not _is_serving(name)
+    ]
 
 
 def _is_serving(op: str) -> bool:

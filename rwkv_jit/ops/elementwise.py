@@ -16,8 +16,8 @@ _SIZES = ("B", "T", "S", "C", "G")
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """How many tokens a thread of a GPU reads before it works on them, so that enough is on its way,
-    and the bytes of each access to memory, of which fewer need fewer registers."""
+    """How many tokens a thread of a GPU reads before it works on them, so that enough is on its
+    way, and the bytes of each access to memory, of which fewer need fewer registers."""
 
     tokens_at_once: int
     access_bytes: int = 16

@@ -93,7 +93,8 @@ def test_fla_is_called_with_the_logarithm_of_the_decay_and_no_scale(
     assert fla.config.decay == "log"
     assert fla.limit == LIMITS["bf16"]
     tensors = draw(get_spec("wkv7"), config, case.shape, "cpu")
-    assert fla.call(tensors) is tensors["r"]
+    (y,) = fla.call(tensors)
+    assert y is tensors["r"]
     assert given == {**tensors, "scale": 1.0}
 
 
@@ -103,7 +104,8 @@ def test_a_file_makes_a_peer_of_any_kernel(case: Case, config: OpConfig, peer_fi
     assert isinstance(peer, Contender)
     assert (peer.name, peer.config.decay) == ("my_kernel", "logit")
     tensors = draw(get_spec("wkv7"), peer.config, case.shape, "cpu")
-    assert torch.equal(peer.call(tensors), tensors["r"] + torch.sigmoid(tensors["w"]))
+    (y,) = peer.call(tensors)
+    assert torch.equal(y, tensors["r"] + torch.sigmoid(tensors["w"]))
 
 
 def test_a_file_for_another_operator_is_left_out(config: OpConfig, peer_file: Path) -> None:

@@ -62,3 +62,26 @@ def test_a_state_that_is_advanced_is_read_and_written(case: Case, config: OpConf
     assert tensors["state"].shape == (3, 2, 8, 8)
     tokens, state = 7 * 3 * 2 * 8 * 4, 3 * 2 * 8 * 8 * 2
     assert fewest_bytes(spec, config, tensors, backward=False) == tokens + 2 * state
+
+
+@pytest.mark.parametrize(
+    ("name", "forward", "both", "parameters"),
+    # x and six results; then x and their gradients in, and that of x.
+    [("token_shift_mix", 7, 15, 6), ("a_gate", 2, 5, 1), ("readout", 6, 17, 3)],
+)
+def test_each_tensor_of_a_step_counts_once(
+    name: str, forward: int, both: int, parameters: int
+) -> None:
+    spec = get_spec(name)
+    config = OpConfig(op=name, dtype="bf16", arch="sm90a", head_size=8 if spec.knobs else 0)
+    tensors = draw(spec, config, Shape(2, 5, 3, 8), "cpu")
+    one, few = 2 * 5 * 24 * 2, 24 * 2
+    assert fewest_bytes(spec, config, tensors, backward=False) == forward * one + parameters * few
+    assert fewest_bytes(spec, config, tensors, backward=True) == both * one + 3 * parameters * few
+
+
+def test_targets_of_a_loss_are_classes() -> None:
+    config = OpConfig(op="l2wrap_cross_entropy", dtype="fp32", arch="x86_64_v3")
+    tensors = draw(get_spec(config.op), config, Shape(3, 40, 2, 8), "cpu")
+    assert tensors["logits"].shape == (3, 40, 16)
+    assert tensors["targets"].unique().tolist() == list(range(16))

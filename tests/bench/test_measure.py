@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from rwkv_jit.bench import measure
-from rwkv_jit.bench.cases import Case
-from rwkv_jit.bench.contenders import Absentee, Contender, line_up, loop, peers
+from rwkv_jit.bench.cases import Case, Shape
+from rwkv_jit.bench.contenders import Absentee, Contender, line_up, loop, ours, peers
 from rwkv_jit.bench.inputs import Tensors
 from rwkv_jit.bench.measure import Pass, Result, measure_case, result_data
 from rwkv_jit.bench.timing import Timing
@@ -42,6 +42,15 @@ def test_ours_is_measured_and_compared_with_the_loop(case: Case) -> None:
     assert data["passes"]["both"]["median_ms"] == ours.passes["both"].timing.median_ms
 
 
+@pytest.mark.parametrize("name", ["token_shift_mix", "kk_pre"])
+def test_a_step_around_the_recurrence_is_measured_in_all_its_results(name: str) -> None:
+    case = Case(op=name, shape=Shape(1, 20, 2, 8), dtype="fp32")
+    (result,) = measured(case, ours(case, "cpu"))
+    assert result.status == "ok"
+    assert set(result.passes) == {"forward", "both"}
+    assert result.kernels == {e: f"{name}_{e}.h" for e in ("forward", "backward")}
+
+
 def test_ratios_are_to_the_floor_and_to_the_loop() -> None:
     timing = Timing(median_ms=4.0, lower_ms=3.0, upper_ms=5.0, runs=5)
     taken = Pass(timing=timing, floor_ms=1.0, loop_ms=20.0)
@@ -52,8 +61,8 @@ def test_ratios_are_to_the_floor_and_to_the_loop() -> None:
 def test_what_fails_the_gate_is_not_timed(
     case: Case, config: OpConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def wrong(tensors: Tensors) -> torch.Tensor:
-        return 1.01 * loop(config).call(tensors)
+    def wrong(tensors: Tensors) -> list[torch.Tensor]:
+        return [1.01 * y for y in loop(config).call(tensors)]
 
     monkeypatch.setattr(measure, "time_of", lambda *_: pytest.fail("timed"))
     (result,) = measured(case, Contender(name="x", call=wrong, config=config, limit=2e-5))
@@ -63,8 +72,8 @@ def test_what_fails_the_gate_is_not_timed(
 
 
 def test_an_infinite_error_leaves_the_json_valid(case: Case, config: OpConfig) -> None:
-    def undefined(tensors: Tensors) -> torch.Tensor:
-        return torch.nan * loop(config).call(tensors)
+    def undefined(tensors: Tensors) -> list[torch.Tensor]:
+        return [torch.nan * y for y in loop(config).call(tensors)]
 
     (result,) = measured(case, Contender(name="x", call=undefined, config=config, limit=1.0))
     assert (result.status, result.error) == ("failed", math.inf)
@@ -73,7 +82,7 @@ def test_an_infinite_error_leaves_the_json_valid(case: Case, config: OpConfig) -
 
 
 def test_one_that_raises_does_not_stop_the_others(case: Case, config: OpConfig) -> None:
-    def broken(_tensors: Tensors) -> torch.Tensor:
+    def broken(_tensors: Tensors) -> list[torch.Tensor]:
         raise RuntimeError("no kernel image\nand more")
 
     first, second, third = measured(
