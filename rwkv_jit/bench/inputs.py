@@ -96,7 +96,8 @@ def _as_model(name: str, x: torch.Tensor, decay: str, exact: Tensors) -> torch.T
 
 def _chosen(x: torch.Tensor, count: int) -> torch.Tensor:
     """Numbers below `count`, of normal ones."""
-    return (torch.special.ndtr(x) * count).long().clamp(0, count - 1)
+    chosen: torch.Tensor = (torch.special.ndtr(x) * count).long()
+    return chosen.clamp(0, count - 1)
 
 
 def _decay(x: torch.Tensor, decay: str) -> torch.Tensor:

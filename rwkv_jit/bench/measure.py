@@ -179,9 +179,10 @@ def _errors(case: Case, contender: Contender, device: str) -> dict[str, float]:
 
 def _compared_names(case: Case, tensors: Tensors) -> list[str]:
     """Of what contenders return, in order."""
-    outputs = get_spec(case.op).called.outputs
-    there = [x.name for x in outputs if not x.optional and x.only_with in ("", *tensors)]
-    return there[: 1 if get_spec(case.op).is_recurrence else None]
+    spec = get_spec(case.op)
+    returned = [x for x in spec.called.outputs if x.name not in spec.saved_outputs]
+    there = [x.name for x in returned if not x.optional and x.only_with in ("", *tensors)]
+    return there[: 1 if spec.is_recurrence else None]
 
 
 def _errors_of_step(case: Case, contender: Contender, tensors: Tensors) -> dict[str, float]:
