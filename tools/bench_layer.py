@@ -67,7 +67,7 @@ def bench_layer(
     layer.to(dtype)
     contenders = {
         "TimeMix7": lambda x, v: layer(x, v)[0],
-        "plain, torch.compile": torch.compile(plain(layer, dtype), dynamic=False),
+        "plain, torch.compile": torch.compile(plain(layer, dtype), fullgraph=True, dynamic=False),
         "plain": plain(layer, dtype),
     }
     for name, run in contenders.items():

@@ -91,6 +91,7 @@ def head_l2wrap_cross_entropy(
         l2wrap,
         ignore_index,
         chunk_tokens,
+        torch.is_grad_enabled(),
     )
     return loss if reduction == "sum" else loss / (targets != ignore_index).sum()
 
@@ -107,28 +108,27 @@ class _Head(torch.autograd.Function):
         l2wrap: float,
         ignore_index: int,
         chunk_tokens: int,
+        differentiable: bool,
     ) -> Tensor:
-        of_hidden, of_weight = ctx.needs_input_grad[:2]
+        # In here grad mode is off, and what is needed does not depend on what it was before.
+        of_hidden, of_weight = (needed and differentiable for needed in ctx.needs_input_grad[:2])
         exact = torch.promote_types(weight.dtype, torch.float32)
         total = torch.zeros((), dtype=exact, device=hidden.device)
         dhidden = torch.empty_like(hidden) if of_hidden else None
         dweight = torch.zeros_like(weight, dtype=exact) if of_weight else None
         for first in range(0, len(hidden), chunk_tokens):
             chunk = slice(first, first + chunk_tokens)
-            logits = (hidden[chunk] @ weight.T).requires_grad_(of_hidden or of_weight)
-            with torch.enable_grad():
-                loss = l2wrap_cross_entropy(
-                    logits, targets[chunk], l2wrap=l2wrap, ignore_index=ignore_index,
-                    reduction="sum",
-                )  # fmt: skip
-            total += loss.detach()
-            if not logits.requires_grad:
-                continue
-            (dlogits,) = torch.autograd.grad(loss, logits)
+            loss, dlogits = _loss_and_gradient(
+                hidden[chunk] @ weight.T, targets[chunk], l2wrap, ignore_index,
+                of_hidden or of_weight,
+            )  # fmt: skip
+            total += loss
             if dhidden is not None:
                 torch.mm(dlogits, weight, out=dhidden[chunk])
             if dweight is not None:
                 dweight += dlogits.T @ hidden[chunk]
+            # Or it would lie beside the next chunk's.
+            del dlogits
         ctx.save_for_backward(dhidden, dweight)
         ctx.dtype = weight.dtype
         return total
@@ -140,8 +140,27 @@ class _Head(torch.autograd.Function):
         return (
             None if dhidden is None else (dhidden * dloss).to(ctx.dtype),
             None if dweight is None else (dweight * dloss).to(ctx.dtype),
-            None, None, None, None,
+            None, None, None, None, None,
         )  # fmt: skip
+
+
+def _loss_and_gradient(
+    logits: Tensor, targets: Tensor, l2wrap: float, ignore_index: int, differentiable: bool
+) -> tuple[Tensor, Tensor]:
+    """The sum of the losses and, if it is wanted, the gradient of the logits, else the logits."""
+    if not differentiable:
+        return _sum(logits, targets, l2wrap, ignore_index), logits
+    logits.requires_grad_()
+    with torch.enable_grad():
+        loss = _sum(logits, targets, l2wrap, ignore_index)
+    (dlogits,) = torch.autograd.grad(loss, logits)
+    return loss.detach(), dlogits
+
+
+def _sum(logits: Tensor, targets: Tensor, l2wrap: float, ignore_index: int) -> Tensor:
+    return l2wrap_cross_entropy(
+        logits, targets, l2wrap=l2wrap, ignore_index=ignore_index, reduction="sum"
+    )
 
 
 def _check_reduction(name: str, reduction: str, choices: tuple[str, ...]) -> None:

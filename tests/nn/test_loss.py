@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from comparing import relative_rms
 from rwkv_jit import get_op
@@ -42,6 +43,19 @@ class L2Wrap(torch.autograd.Function):
         tokens = largest.numel()
         added = torch.zeros_like(logits).scatter(-1, place, largest * 1e-4 / tokens)
         return dloss, dloss * added
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most elements of any tensor that is made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple) else (out,):
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return out
 
 
 def in_float64(logits: Tensor, targets: Tensor, dloss: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -200,28 +214,16 @@ def test_the_form_with_the_head_is_the_two_steps(
 
 
 def test_the_form_with_the_head_never_has_all_logits() -> None:
-    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
-        elements = 0
-
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            out = func(*args, **(kwargs or {}))
-            for tensor in out if isinstance(out, tuple) else (out,):
-                if isinstance(tensor, Tensor):
-                    self.elements = max(self.elements, tensor.numel())
-            return out
-
     hidden = torch.randn(64, 8, requires_grad=True)
     weight = torch.randn(100, 8, requires_grad=True)
+    targets = torch.randint(100, (64,))
     with Largest() as seen:
-        head_l2wrap_cross_entropy(
-            hidden, weight, torch.randint(100, (64,)), chunk_tokens=10
-        ).backward()
+        head_l2wrap_cross_entropy(hidden, weight, targets, chunk_tokens=10).backward()
     assert seen.elements == 10 * 100
 
 
-def test_evaluation_makes_no_gradients() -> None:
+def test_evaluation_makes_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.autograd, "grad")
     hidden, weight = torch.randn(9, 8), torch.randn(11, 8, requires_grad=True)
     targets = torch.randint(11, (9,))
     with torch.no_grad():
