@@ -59,7 +59,7 @@ def get_op(
 
 @overload
 def get_op(
-    name: Literal["a_gate", "vres_gate", "token_shift_mix", "relu_squared"],
+    name: Literal["a_gate", "vres_gate", "token_shift_mix", "relu_squared", "l2wrap_cross_entropy"],
     *,
     dtype: torch.dtype,
     device: torch.device | str | int | None = None,

@@ -159,6 +159,18 @@ def test_every_step_compiles_and_nothing_spills(
     assert_nothing_spills(config, entry, tmp_path)
 
 
+@pytest.mark.parametrize("entry", ["forward", "backward"])
+@pytest.mark.parametrize(
+    ("arch", "dtype"),
+    [*((arch, "bf16") for arch in CUDA_ARCHES), ("sm80", "fp16"), ("sm80", "fp32")],
+)
+def test_the_loss_compiles_and_nothing_spills(
+    arch: str, dtype: str, entry: str, tmp_path: Path
+) -> None:
+    config = OpConfig(op="l2wrap_cross_entropy", dtype=dtype, arch=arch)
+    assert_nothing_spills(config, entry, tmp_path)
+
+
 @pytest.mark.parametrize("entry", SPECS["wkv7"].entries)
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize(

@@ -54,58 +54,49 @@ class Buffers:
     """What the host fills in for a step; the model reads nothing else.
 
     tokens: [rows], first those of prompts, packed, then one of each request that decodes.
-    before, first, slots: [rows], the row of the token before, whether that lies in an earlier step,
-        and the slot of the row's request.
-    bounds, prompt_slots, decode_slots: what the operators take.
-    ends, end_slots: [requests], the last row of each request and its slot.
+    bounds: [sequences + 1], of what is packed in all rows: prompts, rows that nobody has, and each
+        row behind them.
+    slots: [sequences], whose they are; `nobody` where they are no request's.
+    prompt_slots, decode_slots: what the operators on the pool take; -1 is nobody's.
+    ends: [requests], the last row of each.
     """
 
-    def __init__(self, slots: int, device: str) -> None:
-        self.nobody = slots  # a slot of token shifts that belongs to no request
+    def __init__(self, nobody: int, device: str) -> None:
+        self.nobody = nobody
         rows, requests = PROMPTS * PIECE + DECODES, PROMPTS + DECODES
         self.host = {
             "tokens": torch.zeros(rows, dtype=torch.int64),
-            "before": torch.zeros(rows, dtype=torch.int64),
-            "first": torch.zeros(rows, 1, dtype=torch.bool),
-            "slots": torch.zeros(rows, dtype=torch.int64),
-            "bounds": torch.zeros(PROMPTS + 1, dtype=torch.int32),
+            "bounds": torch.zeros(requests + 2, dtype=torch.int32),
+            "slots": torch.zeros(requests + 1, dtype=torch.int64),
             "prompt_slots": torch.zeros(PROMPTS, dtype=torch.int32),
             "decode_slots": torch.zeros(DECODES, dtype=torch.int32),
             "ends": torch.zeros(requests, dtype=torch.int64),
-            "end_slots": torch.zeros(requests, dtype=torch.int64),
         }
+        self.host["bounds"][PROMPTS + 1 :] = torch.arange(PROMPTS * PIECE, rows + 1)
         self.on_device = {name: x.to(device, copy=True) for name, x in self.host.items()}
         self.fill([], [])
 
     def fill(self, prompts: list[Request], decoding: list[Request]) -> None:
         """Write down a step: a piece of each of these prompts, a token of each of those."""
         host = self.host
-        for name, empty in (("slots", self.nobody), ("end_slots", self.nobody), ("tokens", 0)):
-            host[name].fill_(empty)
-        host["prompt_slots"].fill_(-1)
-        host["decode_slots"].fill_(-1)
-        host["first"].fill_(True)
+        empty = {"tokens": 0, "slots": self.nobody, "prompt_slots": -1, "decode_slots": -1}
+        for name, value in empty.items():
+            host[name].fill_(value)
         row = 0
         for i, request in enumerate(prompts):
             piece = request.prompt[request.done : request.done + PIECE]
-            self._write(i, row, piece, request.slot)
-            host["prompt_slots"][i] = request.slot
+            host["tokens"][row : row + len(piece)] = torch.tensor(piece)
+            host["slots"][i] = host["prompt_slots"][i] = request.slot
             row += len(piece)
-            host["bounds"][i + 1] = row
-        host["bounds"][len(prompts) + 1 :] = row
+            host["bounds"][i + 1], host["ends"][i] = row, row - 1
+        host["bounds"][len(prompts) + 1 : PROMPTS + 1] = row
         for i, request in enumerate(decoding):
-            self._write(PROMPTS + i, PROMPTS * PIECE + i, request.answer[-1:], request.slot)
-            host["decode_slots"][i] = request.slot
+            row = PROMPTS * PIECE + i
+            host["tokens"][row] = request.answer[-1]
+            host["slots"][PROMPTS + 1 + i] = host["decode_slots"][i] = request.slot
+            host["ends"][PROMPTS + i] = row
         for name, x in self.on_device.items():
             x.copy_(host[name])
-
-    def _write(self, i: int, row: int, tokens: list[int], slot: int) -> None:
-        end = row + len(tokens)
-        self.host["tokens"][row:end] = torch.tensor(tokens)
-        self.host["slots"][row:end] = slot
-        self.host["before"][row + 1 : end] = torch.arange(row, end - 1)
-        self.host["first"][row + 1 : end] = False
-        self.host["ends"][i], self.host["end_slots"][i] = end - 1, slot
 
 
 class Server:
@@ -123,7 +114,7 @@ class Server:
         # [layer, time mix or channel mix, slot, channel]: the last inputs, and a slot for nobody's.
         self.shifts = weights.new_zeros(len(blocks), 2, slots + 1, width)
         self.prefill, self.decode = (
-            get_op(name, head_size=HEAD_SIZE, dtype=weights.dtype, device=device)
+            get_op(name, head_size=HEAD_SIZE, dtype=weights.dtype, device=device, decay="logit")
             for name in ("wkv7_prefill", "wkv7_decode")
         )
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -181,30 +172,28 @@ class Server:
     def _run(self) -> Tensor:
         """The model on the buffers; logits of the last token of each request."""
         given = self.buffers.on_device
+        bounds, slots = given["bounds"], given["slots"]
         x, v_first = self.model.emb(given["tokens"])[None], None
         for layer, block in enumerate(self.blocks):
+            att, ffn = self.shifts[layer]
             x = block.ln0(x)
-            x_att = block.ln1(x)
-            projected, v_first = block.att.project(x_att, self._before(layer, 0, x_att), v_first)
+            projected, v_first, last = block.att.project(
+                block.ln1(x), v_first, att[slots], output_state=True, cu_seqlens=bounds
+            )
+            att.index_copy_(0, slots, last)
             x = x + block.att.finish(self._recur(layer, projected[:6]), projected)
-            x_ffn = block.ln2(x)
-            x = x + block.ffn(x_ffn, self._before(layer, 1, x_ffn))
+            y, last = block.ffn(block.ln2(x), ffn[slots], output_state=True, cu_seqlens=bounds)
+            ffn.index_copy_(0, slots, last)
+            x = x + y
         logits: Tensor = self.model.head(self.model.ln_out(x[0, given["ends"]]))
         return logits
-
-    def _before(self, layer: int, which: int, x: Tensor) -> Tensor:
-        """The token before each row; keeps the last of each request for its next step."""
-        given, shifts = self.buffers.on_device, self.shifts[layer, which]
-        before = torch.where(given["first"], shifts[given["slots"]], x[0, given["before"]])
-        shifts.index_copy_(0, given["end_slots"], x[0, given["ends"]])
-        return before[None]
 
     def _recur(self, layer: int, inputs: Iterable[Tensor]) -> Tensor:
         """The recurrence: prompts by one operator, single tokens by the other, on one pool."""
         given, state, rows = self.buffers.on_device, self.pool.states[layer], PROMPTS * PIECE
-        inputs = list(inputs)
+        inputs, bounds = list(inputs), given["bounds"][: PROMPTS + 1]
         of_prompts = self.prefill(
-            *(x[:, :rows] for x in inputs), state, given["bounds"], given["prompt_slots"]
+            *(x[:, :rows] for x in inputs), state, bounds, given["prompt_slots"]
         )
         decoded = self.decode(
             *(x[:, rows:].transpose(0, 1) for x in inputs), state, given["decode_slots"]

@@ -43,21 +43,18 @@ def relative_errors(
     tensor for each of `names`, and may return None for others. An error that is no number is
     infinite.
     """
-    leaves = [x.detach().clone().requires_grad_(gradients) for x in tensors.values()]
-    exact = [
-        x.detach()
-        .to("cpu", torch.float64 if x.is_floating_point() else None)
-        .requires_grad_(gradients)
-        for x in leaves
-    ]
-    outputs = _made(results, dict(zip(tensors, leaves, strict=True)))
-    right = _made(truth, dict(zip(tensors, exact, strict=True)))
+    given_in = {name: x.detach().clone() for name, x in tensors.items()}
+    exact_in = {name: _exact(x) for name, x in given_in.items()}
+    differentiable = [name for name, x in tensors.items() if x.is_floating_point()]
+    leaves = [given_in[name].requires_grad_(gradients) for name in differentiable]
+    exact = [exact_in[name].requires_grad_(gradients) for name in differentiable]
+    outputs, right = _made(results, given_in), _made(truth, exact_in)
     labels, pairs = [*names], [*zip(outputs, right, strict=True)]
     if gradients:
         given = [draw_gradient(x) for x in outputs]
         made = torch.autograd.grad(outputs, leaves, given)
         expected = torch.autograd.grad(right, exact, [x.double().cpu() for x in given])
-        labels += [f"d{name}" for name in tensors]
+        labels += [f"d{name}" for name in differentiable]
         pairs += zip(made, expected, strict=True)
     return {
         label: _relative_rms(value.detach().double().cpu(), right_value.detach())
@@ -68,6 +65,11 @@ def relative_errors(
 def worst_of(errors: Mapping[str, float]) -> str:
     """The name of the largest error."""
     return max(errors, key=lambda name: errors[name])
+
+
+def _exact(x: torch.Tensor) -> torch.Tensor:
+    """On the CPU, in float64 unless it is of whole numbers."""
+    return x.to("cpu", torch.float64 if x.is_floating_point() else x.dtype, copy=True)
 
 
 def _made(results: Results, tensors: Tensors) -> list[torch.Tensor]:

@@ -42,7 +42,9 @@ def draw(spec: OpSpec, config: OpConfig, shape: Shape, device: str) -> Tensors:
         if spec.is_recurrence:
             x = _as_model(tensor.name, x, config.decay, exact)
         exact[tensor.name] = x
-        drawn[tensor.name] = x.to(allowed_dtypes(tensor, config, drawn)[0])
+        dtype = allowed_dtypes(tensor, config, drawn)[0]
+        # The only whole numbers that there are choose a channel.
+        drawn[tensor.name] = x.to(dtype) if dtype.is_floating_point else _chosen(x, sizes["C"])
     return drawn
 
 
@@ -107,6 +109,12 @@ def _as_model(name: str, x: torch.Tensor, decay: str, exact: Tensors) -> torch.T
     if name == "a":
         return -torch.nn.functional.normalize(x, dim=-1)
     return -exact["a"] * torch.sigmoid(x) if name == "b" else x
+
+
+def _chosen(x: torch.Tensor, count: int) -> torch.Tensor:
+    """Numbers below `count`, of normal ones."""
+    chosen: torch.Tensor = (torch.special.ndtr(x) * count).long()
+    return chosen.clamp(0, count - 1)
 
 
 def _decay(x: torch.Tensor, decay: str) -> torch.Tensor:

@@ -180,9 +180,10 @@ def _errors(case: Case, contender: Contender, device: str) -> dict[str, float]:
 
 def _compared_names(case: Case, tensors: Tensors) -> list[str]:
     """Of what contenders return, in order."""
-    outputs = get_spec(case.op).called.outputs
-    there = [x.name for x in outputs if not x.optional and x.only_with in ("", *tensors)]
-    return there[: 1 if get_spec(case.op).is_recurrence else None]
+    spec = get_spec(case.op)
+    returned = [x for x in spec.called.outputs if x.name not in spec.saved_outputs]
+    there = [x.name for x in returned if not x.optional and x.only_with in ("", *tensors)]
+    return there[: 1 if spec.is_recurrence else None]
 
 
 def _draw(case: Case, config: OpConfig, shape: Shape, device: str) -> Tensors:
@@ -216,7 +217,8 @@ def _time(
         timing = measured(lambda: contender.call(tensors), device, seconds)
         least = fewest_bytes(spec, config, tensors, backward=False)
         return {name: Pass(timing=timing, floor_ms=least / bandwidth * 1e3)}, None
-    leaves = {name: x.detach().clone().requires_grad_() for name, x in tensors.items()}
+    given_in = {name: x.detach().clone() for name, x in tensors.items()}
+    leaves = [x.requires_grad_() for x in given_in.values() if x.is_floating_point()]
     with torch.no_grad():
         given = [draw_gradient(x) for x in contender.call(tensors)]
 
@@ -225,7 +227,7 @@ def _time(
             contender.call(tensors)
 
     def both() -> None:
-        torch.autograd.grad(contender.call(leaves), list(leaves.values()), given)
+        torch.autograd.grad(contender.call(given_in), leaves, given)
 
     passes = {}
     for name, work in zip(PASSES, (forward, both), strict=True):

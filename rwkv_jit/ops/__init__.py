@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..errors import ConfigError
 from ..spec import OpSpec
+from .cross_entropy import L2WRAP_CROSS_ENTROPY
 from .decode import DECODES
 from .gates import A_GATE, RELU_SQUARED, VRES_GATE
 from .kk_pre import KK_PRE
@@ -16,7 +17,14 @@ from .wkv7 import WKV7
 
 ELEMENTWISE = (TOKEN_SHIFT_MIX, A_GATE, VRES_GATE, KK_PRE, READOUT, RELU_SQUARED)
 SPECS: dict[str, OpSpec] = {
-    spec.name: spec for spec in (WKV5, WKV6, WKV7, *DECODES, *PREFILLS, *ELEMENTWISE)
+    spec.name: spec
+    for spec in (
+        *(WKV5, WKV6, WKV7),
+        *DECODES,
+        *PREFILLS,
+        *ELEMENTWISE,
+        L2WRAP_CROSS_ENTROPY,
+    )
 }
 
 

@@ -109,6 +109,11 @@ def recurrence_variants(
 
 def cpu_constants(config: OpConfig) -> Mapping[str, int]:
     """What `cpu_types.h` takes: the bytes of a vector that divides a row."""
-    widest = {"x86_64_v4": 64, "x86_64_v3": 32}.get(config.arch, 16)
+    widest = widest_vector(config.arch)
     row_bytes = config.head_size * (8 if config.dtype == "fp64" else 4)
     return {"vector_bytes": widest if row_bytes % widest == 0 else 32}
+
+
+def widest_vector(arch: str) -> int:
+    """Bytes of a CPU's vectors."""
+    return {"x86_64_v4": 64, "x86_64_v3": 32}.get(arch, 16)

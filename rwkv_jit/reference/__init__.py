@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from .cross_entropy import l2wrap_cross_entropy
 from .decode import on_pool
 from .elementwise import a_gate, kk_pre, readout, relu_squared, token_shift_mix, vres_gate
 from .wkv5 import wkv5
@@ -29,4 +30,5 @@ REFERENCES: Mapping[str, Callable[..., Any]] = {
     "kk_pre": kk_pre,
     "readout": readout,
     "relu_squared": relu_squared,
+    "l2wrap_cross_entropy": l2wrap_cross_entropy,
 }

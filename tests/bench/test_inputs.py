@@ -78,3 +78,10 @@ def test_each_tensor_of_a_step_counts_once(
     one, few = 2 * 5 * 24 * 2, 24 * 2
     assert fewest_bytes(spec, config, tensors, backward=False) == forward * one + parameters * few
     assert fewest_bytes(spec, config, tensors, backward=True) == both * one + 3 * parameters * few
+
+
+def test_targets_of_a_loss_are_classes() -> None:
+    config = OpConfig(op="l2wrap_cross_entropy", dtype="fp32", arch="x86_64_v3")
+    tensors = draw(get_spec(config.op), config, Shape(3, 40, 2, 8), "cpu")
+    assert tensors["logits"].shape == (3, 40, 16)
+    assert tensors["targets"].unique().tolist() == list(range(16))

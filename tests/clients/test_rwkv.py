@@ -1,4 +1,5 @@
-"""rwkv, the package of RWKV-LM's author, with its kernels for RWKV-5.2 and RWKV-6 replaced by ours.
+"""rwkv, the package of RWKV-LM's author, with its kernels for RWKV-5.2 and RWKV-6 replaced by ours,
+and beside a model of our RWKV-7 layers.
 
 The package's own loops in plain PyTorch are the oracle here. Checkpoints are random. Relative RMS
 errors are asserted: 1e-5 for logits and states in float32.
@@ -6,6 +7,7 @@ errors are asserted: 1e-5 for logits and states in float32.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ import pytest
 import torch
 
 from comparing import relative_rms
+from rwkv7_model import RWKV7
 from rwkv_checkpoints import HEAD_SIZE, HEADS, LAYERS, VOCABULARY, write_checkpoint
 from rwkv_jit import get_op
 
@@ -30,21 +33,36 @@ on_each_device = pytest.mark.parametrize(
 )
 
 
+@contextlib.contextmanager
+def imported(cuda: str, seven: str) -> Iterator[Any]:
+    """The package's module, with none of its kernels built."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("RWKV_JIT_ON", "0"), ("RWKV_CUDA_ON", cuda), ("RWKV_V7_ON", seven)):
+            patch.setenv(name, value)
+        patch.setattr("torch.utils.cpp_extension.load", lambda **_: None)
+        patch.delitem(sys.modules, "rwkv.model", raising=False)
+        # It sets them for the whole process.
+        flags = (torch.backends.cudnn, torch.backends.cuda.matmul)
+        before = [flag.allow_tf32 for flag in flags], torch.backends.cudnn.benchmark
+        yield importlib.import_module("rwkv.model")
+        for flag, value in zip(flags, before[0], strict=True):
+            flag.allow_tf32 = value
+        torch.backends.cudnn.benchmark = before[1]
+        del sys.modules["rwkv.model"]
+
+
 @pytest.fixture
-def client(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The package's module as it is with kernels, but with none built."""
-    for name, value in (("RWKV_JIT_ON", "0"), ("RWKV_CUDA_ON", "1"), ("RWKV_V7_ON", "0")):
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr("torch.utils.cpp_extension.load", lambda **_: None)
-    monkeypatch.delitem(sys.modules, "rwkv.model", raising=False)
-    # It sets them for the whole process.
-    flags = (torch.backends.cudnn, torch.backends.cuda.matmul)
-    before = [flag.allow_tf32 for flag in flags], torch.backends.cudnn.benchmark
-    yield importlib.import_module("rwkv.model")
-    for flag, value in zip(flags, before[0], strict=True):
-        flag.allow_tf32 = value
-    torch.backends.cudnn.benchmark = before[1]
-    del sys.modules["rwkv.model"]
+def client() -> Iterator[Any]:
+    """The module as it is with kernels, for RWKV-5 and RWKV-6."""
+    with imported("1", "0") as module:
+        yield module
+
+
+@pytest.fixture
+def client_of_rwkv7() -> Iterator[Any]:
+    """The module as it is without kernels, for RWKV-7."""
+    with imported("0", "1") as module:
+        yield module
 
 
 def run_kernel(
@@ -106,3 +124,22 @@ def test_logits_and_states_match_its_own_loops(
     assert lengths == [37] * LAYERS + [2] * LAYERS
     for value, right in zip(ours, truth, strict=True):
         assert relative_rms(value, right) <= LIMIT
+
+
+# It scripts its functions.
+@pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")
+def test_a_model_of_our_layers_has_the_logits_and_states_of_rwkv_7(
+    client_of_rwkv7: Any, tmp_path: Path
+) -> None:
+    write_checkpoint(tmp_path / "model.pth", "wkv7")
+    theirs = client_of_rwkv7.RWKV(str(tmp_path / "model"), "cpu fp32")
+    ours = RWKV7.from_checkpoint(torch.load(tmp_path / "model.pth"))
+    before = after = None
+    for ids in (list(range(37)), [5, 6], [7]):
+        logits, before = theirs.forward(ids, before, full_output=True)
+        with torch.no_grad():
+            mine, after = ours(torch.tensor([ids]), after)
+        assert relative_rms(mine[0], logits.view(len(ids), -1)) <= LIMIT
+        found = [x for layer in after for x in (*layer.att, layer.ffn)]
+        for value, right in zip(found, before, strict=True):
+            assert relative_rms(value[0], right) <= LIMIT

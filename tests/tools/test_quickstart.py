@@ -55,7 +55,9 @@ def test_cache_listing_shows_the_kernels_that_were_used(
 def test_width_without_whole_heads_is_refused_in_one_line() -> None:
     done = run("--no-setup", "--device", "cpu", "--width", "100")
     assert done.returncode == 1
-    assert done.stderr == "quickstart: width=100 must be a positive multiple of 64\n"
+    assert done.stderr == (
+        "quickstart: TimeMix7: width=100 must be a positive multiple of head_size=64\n"
+    )
 
 
 @pytest.mark.parametrize("flag", ["--steps", "--batch", "--tokens", "--layers", "--sample"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rwkv7_model import HEAD_SIZE, RWKV7, LayerState, State
+from rwkv_checkpoints import write_checkpoint
 
 VOCABULARY, WIDTH, LAYERS = 50, 128, 2
 
@@ -70,6 +72,39 @@ def test_logits_are_those_of_the_formulas_written_out_token_by_token(model: RWKV
     assert relative_error(logits, literal_rwkv7(weights, tokens)) < 1e-4
 
 
+def test_gradients_are_those_of_the_formulas(model: RWKV7) -> None:
+    tokens, dy = random_tokens(1, 11), torch.randn(1, 11, VOCABULARY)
+    model(tokens)[0].backward(dy)
+    weights = {name: p.detach().double() for name, p in model.named_parameters()}
+    for weight in weights.values():
+        weight.requires_grad_()
+    literal_rwkv7(weights, tokens).backward(dy.double())
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert relative_error(parameter.grad, weights[name].grad) < 1e-4, name
+
+
+def test_checkpoint_comes_back_bit_by_bit(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "model.pth", "wkv7")
+    saved = torch.load(tmp_path / "model.pth")
+    for number in "012":  # in RWKV-LM's models, and for nothing
+        saved[f"blocks.0.att.v{number}"] = saved[f"blocks.1.att.v{number}"]
+    model = RWKV7.from_checkpoint(saved)
+    loaded = model.state_dict()
+    assert set(saved) - set(loaded) == {f"blocks.0.att.v{number}" for number in "012"}
+    for name, tensor in loaded.items():
+        assert torch.equal(tensor, saved[name]), name
+        assert tensor.data_ptr() != saved[name].data_ptr()
+
+
+def test_packed_sequences_have_the_logits_of_separate_ones(model: RWKV7) -> None:
+    first, second = random_tokens(1, 13), random_tokens(1, 6)
+    bounds = torch.tensor([0, 13, 19])
+    logits, _ = model(torch.cat([first, second], dim=1), cu_seqlens=bounds)
+    separate = torch.cat([model(first)[0], model(second)[0]], dim=1)
+    assert relative_error(logits, separate) < 1e-5
+
+
 def test_state_continues_the_sequence(model: RWKV7) -> None:
     tokens = random_tokens(3, 40)
     whole, end = model(tokens)
@@ -77,7 +112,8 @@ def test_state_continues_the_sequence(model: RWKV7) -> None:
     second, last = model(tokens[:, 23:], state)
     assert relative_error(torch.cat([first, second], dim=1), whole) < 1e-5
     for ours, theirs in zip(last, end, strict=True):
-        for mine, other in zip(ours, theirs, strict=True):
+        assert relative_error(ours.ffn, theirs.ffn) < 1e-5
+        for mine, other in zip(ours.att, theirs.att, strict=True):
             assert relative_error(mine, other) < 1e-5
 
 
@@ -98,10 +134,9 @@ def test_state_has_the_shapes_that_it_documents(model: RWKV7) -> None:
     assert len(state) == LAYERS
     for layer in state:
         assert isinstance(layer, LayerState)
-        assert layer.att_shift.shape == layer.ffn_shift.shape == (3, WIDTH)
-        assert layer.wkv is not None
-        assert layer.wkv.shape == (3, heads, HEAD_SIZE, HEAD_SIZE)
-        assert layer.wkv.dtype == torch.float32
+        assert layer.att.shift.shape == layer.ffn.shape == (3, WIDTH)
+        assert layer.att.wkv.shape == (3, heads, HEAD_SIZE, HEAD_SIZE)
+        assert layer.att.wkv.dtype == torch.float32
 
 
 def test_no_token_sees_a_later_one(model: RWKV7) -> None:
@@ -139,7 +174,7 @@ def test_fresh_model_is_finite_and_knows_nothing(layers: int) -> None:
 
 @pytest.mark.parametrize("width", [0, 32, 100])
 def test_width_that_is_no_multiple_of_the_head_size_is_refused(width: int) -> None:
-    message = f"width={width} must be a positive multiple of 64"
+    message = f"width={width} must be a positive multiple of head_size=64"
     with pytest.raises(ValueError, match=re.escape(message)):
         RWKV7(VOCABULARY, width, 1)
 
