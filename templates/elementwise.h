@@ -15,9 +15,11 @@ using namespace rwkv_jit;
 
 using Element = rwkv_jit::{{dtype}};
 constexpr int HEAD_SIZE = {{head_size}};  // 0 where there are no heads
-// On a GPU: tokens that a lane reads before it works on them, and bytes of each access to memory.
+// On a GPU: tokens that a lane reads before it works on them, bytes of each access to memory, and
+// blocks that share a multiprocessor at least.
 struct Schedule {
   static constexpr int TOKENS = {{tokens_at_once}}, ACCESS_BYTES = {{access_bytes}};
+  static constexpr int BLOCKS = {{blocks}};
 };
 
 }  // namespace

@@ -125,12 +125,14 @@ def plan_from(path: Path, archs: Sequence[str]) -> list[RenderedSource]:
 
 def plan_all(ops: Sequence[str], archs: Sequence[str]) -> list[RenderedSource]:
     """The sources of every head size and dtype that operators have kernels for on architectures,
-    in other knobs the defaults. ops: all operators if there are none."""
+    in other knobs the defaults; of the steps around a recurrence, which have any head size, those
+    that a recurrence has. ops: all operators if there are none."""
     sources: list[RenderedSource] = []
     for spec in [get_spec(name) for name in ops] or SPECS.values():
         for arch in archs:
             here = [variant for variant in spec.variants if variant.runs_on(arch)]
-            sizes = sorted({size for variant in here for size in variant.head_sizes if size})
+            served = {size for variant in here for size in variant.head_sizes if size}
+            sizes = sorted(served & _recurrent_sizes(arch))
             dtypes = [d for d in DTYPES if any(d in variant.dtypes for variant in here)]
             for head_size, dtype in itertools.product(sizes or [DEFAULT_HEAD_SIZE], dtypes):
                 choices = Choices(archs=(arch,), head_sizes=(head_size,), dtypes=(dtype,))
@@ -228,6 +230,17 @@ def _combinations(choices: Choices, op: str) -> Iterator[OpConfig]:
                     checkpoint_dtype=checkpoint_dtype,
                     bounded=is_bounded(op, choices.lower_bound),
                 )
+
+
+def _recurrent_sizes(arch: str) -> set[int]:
+    return {
+        size
+        for spec in SPECS.values()
+        if spec.is_recurrence
+        for variant in spec.variants
+        if variant.runs_on(arch)
+        for size in variant.head_sizes
+    }
 
 
 def _render_entries(

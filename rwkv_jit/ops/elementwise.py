@@ -17,10 +17,12 @@ _SIZES = ("B", "T", "S", "C", "G")
 @dataclass(frozen=True, slots=True)
 class Schedule:
     """How many tokens a thread of a GPU reads before it works on them, so that enough is on its
-    way, and the bytes of each access to memory, of which fewer need fewer registers."""
+    way, the bytes of each access to memory, of which fewer need fewer registers, and how many
+    blocks at least share a multiprocessor, which bounds those; 0 leaves it to the compiler."""
 
     tokens_at_once: int
     access_bytes: int = 16
+    blocks: int = 0
 
 
 def channels(name: str, meaning: str) -> TensorSpec:

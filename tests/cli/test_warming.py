@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rwkv_jit.arch import host_cpu_arch
-from rwkv_jit.cli.warming import Choices, default_archs, look_up, plan, plan_from
+from rwkv_jit.cli.warming import Choices, default_archs, look_up, plan, plan_all, plan_from
 from rwkv_jit.errors import ConfigError
 from rwkv_jit.kernel_list import write_kernels
 from rwkv_jit.settings import Settings
@@ -100,6 +100,13 @@ def test_knobs_that_an_operator_has_not_are_passed_over() -> None:
         for slug in ("a_gate", "kk_pre_n64", "kk_pre_n65")
         for entry in ("forward", "backward")
     }
+
+
+def test_all_head_sizes_of_a_step_are_those_of_recurrences() -> None:
+    sources = plan_all(("kk_pre", "a_gate"), ("sm80",))
+    of_heads = [source.config for source in sources if source.config.op == "kk_pre"]
+    assert {config.head_size for config in of_heads} == {16, 32, 64, 128, 256}
+    assert len(sources) == (5 + 1) * 3 * 2
 
 
 def test_unknown_operators_and_entries_are_errors_with_the_choices() -> None:

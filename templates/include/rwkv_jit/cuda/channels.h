@@ -124,9 +124,10 @@ struct Lane {
   }
 };
 
-template <template <typename> class Step, typename Lane, int AT_ONCE, typename Args>
-__global__ void __launch_bounds__(GROUP_THREADS)
+template <template <typename> class Step, typename Lane, typename Schedule, typename Args>
+__global__ void __launch_bounds__(GROUP_THREADS, Schedule::BLOCKS)
     step_kernel(const Args args, const int group_threads) {
+  constexpr int AT_ONCE = Schedule::TOKENS;
   const int thread = blockIdx.x * GROUP_THREADS + threadIdx.x;
   const int64_t group = thread / group_threads, tokens = args.B * args.T;
   if (group >= args.G) return;  // whole warps, so that sums over lanes have all of them
@@ -143,13 +144,13 @@ __global__ void __launch_bounds__(GROUP_THREADS)
   step.finish(group);
 }
 
-template <template <typename> class Step, typename Lane, int AT_ONCE, typename Args>
+template <template <typename> class Step, typename Lane, typename Schedule, typename Args>
 int launch_lanes(const Args& args) {
   const int64_t units = args.C / Lane::UNIT_CHANNELS;
   const int64_t group_threads = (units * Lane::LANES + 31) / 32 * 32;
   const int64_t blocks = (args.G * group_threads + GROUP_THREADS - 1) / GROUP_THREADS;
   if (blocks == 0) return cudaSuccess;
-  step_kernel<Step, Lane, AT_ONCE>
+  step_kernel<Step, Lane, Schedule>
       <<<static_cast<unsigned>(blocks), GROUP_THREADS, 0, static_cast<cudaStream_t>(args.stream)>>>(
           args, static_cast<int>(group_threads));
   return cudaGetLastError();
@@ -159,13 +160,13 @@ int launch_lanes(const Args& args) {
 template <template <typename> class Step, typename Element, int HEAD_SIZE, typename Schedule,
           typename Args>
 int run_step(const Args& args) {
-  constexpr int AT_ONCE = Schedule::TOKENS, WIDTH = Schedule::ACCESS_BYTES / sizeof(Element);
+  constexpr int WIDTH = Schedule::ACCESS_BYTES / sizeof(Element);
   if constexpr (HEAD_SIZE > 0) {
     constexpr int HEAD_WIDTH = HEAD_SIZE % WIDTH == 0 ? WIDTH : 1;
-    return launch_lanes<Step, Lane<Element, HEAD_SIZE, HEAD_WIDTH>, AT_ONCE>(args);
+    return launch_lanes<Step, Lane<Element, HEAD_SIZE, HEAD_WIDTH>, Schedule>(args);
   } else {
-    return args.C % WIDTH == 0 ? launch_lanes<Step, Lane<Element, WIDTH, WIDTH>, AT_ONCE>(args)
-                               : launch_lanes<Step, Lane<Element, 1, 1>, AT_ONCE>(args);
+    return args.C % WIDTH == 0 ? launch_lanes<Step, Lane<Element, WIDTH, WIDTH>, Schedule>(args)
+                               : launch_lanes<Step, Lane<Element, 1, 1>, Schedule>(args);
   }
 }
 
