@@ -43,7 +43,7 @@ def l2wrap_cross_entropy(
     loss: Tensor
     maximum: Tensor
     loss, maximum = op(
-        logits.reshape(1, -1, logits.shape[-1]), torch.where(counts, targets, -1).view(1, -1)
+        logits.reshape(1, -1, logits.shape[-1]), torch.where(counts, targets, -1).reshape(1, -1)
     )
     # The second term is zero and has a gradient.
     loss = (loss + l2wrap * maximum.detach() * (maximum - maximum.detach())).view(targets.shape)

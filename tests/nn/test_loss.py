@@ -181,6 +181,12 @@ def test_rows_of_a_wider_tensor_are_taken_as_they_are() -> None:
     )
 
 
+def test_targets_of_any_strides_belong_to_their_tokens() -> None:
+    logits, targets = torch.randn(3, 4, 9), torch.randint(9, (4, 3)).T
+    right = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(l2wrap_cross_entropy(logits, targets), right)
+
+
 @pytest.mark.gpu
 def test_a_target_that_is_no_class_makes_the_loss_not_a_number_on_a_gpu() -> None:
     logits = torch.randn(2, 40, device="cuda", requires_grad=True)
