@@ -45,7 +45,7 @@ class TimeMix7State(NamedTuple):
 
 
 class Projected(NamedTuple):
-    """What the recurrence takes of each token (r to b), and its result's gate, each [B, T, H, N]."""
+    """What the recurrence takes (r to b), and the gate of its result; each [B, T, H, N]."""
 
     r: Tensor
     w: Tensor
