@@ -157,7 +157,7 @@ class _Call:
             return None
         spacing = self._spec.checkpoint_spacing(self._op.config, "forward")
         sizes = entry_sizes(self._spec.called, spacing, self._given.tokens)
-        shape = (sizes["C"], sizes["H"], sizes["N"], sizes["N"])
+        shape = (sizes["K"], sizes["H"], sizes["N"], sizes["N"])
         begin = s.view(-1)[: math.prod(shape)]
         dtype = dtype_of("checkpoint", self._op.config, {})
         return begin.view(shape) if self._takes(begin, math.prod(shape), dtype) else None
