@@ -31,11 +31,11 @@ struct Slot {
   Chunk chunk;
   Raw raw;
   Element v[TOKENS][ROW];
+  Partials partials;
 };
 
 struct Shared {
   Slot slots[SLOTS];
-  Partials partials[SLOTS];
 };
 
 // Prepares the chunks that come to this warp's slot.
@@ -52,8 +52,7 @@ __device__ __forceinline__ void prepare_chunks(const Arguments& args, const Toke
     if (first >= SLOTS * TOKENS) wait_at<SLOT_THREADS>(EMPTY_BARRIER + slot_index);
     sync_chunk<PARTS>();  // the tensors are there
     fetch_rows<TOKENS, PARTS * 32>(args.v, tokens, first, thread, slot.v);
-    prepare<DECAY, BOUNDED, PARTS>(args, tokens, first, slot.raw, slot.chunk,
-                                   shared.partials[slot_index],
+    prepare<DECAY, BOUNDED, PARTS>(args, tokens, first, slot.raw, slot.chunk, slot.partials,
                                    [&] { fetch_raw(first + SLOTS * TOKENS); });
     copies_done();
     arrive_at<SLOT_THREADS>(FULL_BARRIER + slot_index);

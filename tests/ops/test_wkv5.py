@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from comparing import assert_matches_reference, random_call, relative_rms, run
-from rwkv_jit import get_op, registry
+from rwkv_jit import get_op
 from rwkv_jit.settings import Settings
 
 on_each_device = pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_gradients_of_many_sequences_are_summed_without_loss(device: str) -> Non
 
 
 def test_the_reference_mode_takes_both_shapes_of_w(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "current_settings", lambda: Settings(mode="reference"))
+    monkeypatch.setattr("rwkv_jit.op.current_settings", lambda: Settings(mode="reference"))
     # No kernel of this size is built anywhere in the tests.
     op = get_op("wkv5", head_size=104, dtype=torch.float32, device="cpu", decay="factor")
     call = random_call(1, 5, 2, 104, op="wkv5", w=torch.rand(2, 1)).rounded(op)
