@@ -198,11 +198,14 @@ class ElementwiseOp(Op):
                 x, x_r=None, x_w=None, x_k=None, x_v=None, x_a=None, x_g=None, initial_state=None,
                 output_final_state=False, cu_seqlens=None)
             y = relu_squared(x)
+            loss, maximum = l2wrap_cross_entropy(logits, targets)
 
         x, v, v_first: [B, T, C] in the operator's dtype; any strides. Where there are heads k, a,
             y, r, v, g: [B, T, H, N].
         a0, v0, k_k, k_a, x_r, ..., weight, bias: [C], C = H * N where there are heads, same dtype
             as the first argument or float32. r_k: [H, N], likewise.
+        logits: [B, T, V]; targets: [B, T], int64, -1 for a token that counts nothing. loss and
+            maximum, the largest logit, are float32 (float64 for float64), [B, T].
         initial_state: [B or S, C], the token before the first; zeros if None. cu_seqlens,
             output_final_state: as for the recurrences; final_state is the last token.
 
