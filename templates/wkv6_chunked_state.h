@@ -4,7 +4,7 @@ namespace {
 using namespace rwkv_jit;
 
 constexpr int PART_STEPS = STEPS / PARTS;  // of sixteen channels that a warp prepares
-static_assert(PART_STEPS * PARTS == STEPS);
+static_assert(PART_STEPS * PARTS == STEPS && WARPS == CHUNKS * PARTS);
 
 // state <- state diag(P_L) + left right, for this warp's part.
 __device__ __forceinline__ void step_state(State& state, const Chunk& chunk,

@@ -15,6 +15,7 @@ struct Scanned {
 // as soon as D has come through each, and the first half those of the chunks before.
 constexpr int GROUPS = WARPS / STATE_WARPS;
 static_assert(WARPS == GROUPS * STATE_WARPS && GROUPS <= 2);
+static_assert(WARPS == CHUNKS * PARTS);
 constexpr int OTHERS = CHUNKS / 2, SCANNED = GROUPS == 1 ? 1 : CHUNKS;
 // Numbered barriers, after those of the chunks: of a group, that S and U of all chunks are there,
 // and that D and dX of a chunk are.
