@@ -19,6 +19,7 @@ from rwkv_jit.cache import Cache, CacheEntry
 from rwkv_jit.errors import KernelBuildError
 from rwkv_jit.render import RenderedSource
 from rwkv_jit.settings import Settings
+from stuck_compiler import StuckCompiler
 
 pytestmark = pytest.mark.skipif(
     platform.machine() != "x86_64" or shutil.which("c++") is None, reason="needs an x86-64 compiler"
@@ -132,27 +133,20 @@ def test_library_that_is_not_what_was_asked_for_is_refused(
 
 
 def test_stopped_build_takes_its_compilers_along(settings: Settings, tmp_path: Path) -> None:
-    pid_file = tmp_path / "pid"
-    slow = tmp_path / "slow-g++"
-    slow.write_text(
-        f'#!/bin/sh\ncase "$*" in *source.cpp*) echo $$ > {pid_file}.new; '
-        f'mv {pid_file}.new {pid_file}; sleep 300;; esac\nexec g++ "$@"\n'
-    )
-    slow.chmod(0o755)
+    compiler = StuckCompiler(tmp_path)
     stop = threading.Event()
 
     def stop_when_compiling() -> None:
-        while not pid_file.exists():
+        while not compiler.is_compiling():
             time.sleep(0.05)
         stop.set()
 
     watcher = threading.Thread(target=stop_when_compiling, daemon=True)
     watcher.start()
     with pytest.raises(KernelBuildError, match="the build was stopped"):
-        obtain(kernel_source(), dataclasses.replace(settings, cxx=str(slow)), stop=stop)
+        obtain(kernel_source(), dataclasses.replace(settings, cxx=str(compiler.program)), stop=stop)
     watcher.join()
-    state = Path(f"/proc/{pid_file.read_text().strip()}/stat")
-    assert not state.exists() or ") Z " in state.read_text()
+    assert compiler.is_gone()
 
 
 def test_build_that_takes_too_long_is_an_error(settings: Settings) -> None:

@@ -27,6 +27,7 @@ from rwkv_jit.ops import SPECS, get_spec
 from rwkv_jit.render import render
 from rwkv_jit.settings import current_settings
 from rwkv_jit.toolchain import find_toolchain
+from stuck_compiler import StuckCompiler
 
 SLUG = "wkv7_n64_bf16_l16_sm90a"
 SMALL = ("warm", "wkv7", "--arch", "cpu", "--head-size", "8", "--entry", "forward")
@@ -100,12 +101,11 @@ def test_an_interrupt_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_interrupted_build_leaves_nothing_half_made(tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        program(*SMALL), env=environment(tmp_path / "cache"), stderr=subprocess.PIPE, text=True
-    )
-    staging = tmp_path / "cache" / "v1" / "staging"
+    compiler = StuckCompiler(tmp_path)
+    variables = {**environment(tmp_path / "cache"), "CXX": str(compiler.program)}
+    process = subprocess.Popen(program(*SMALL), env=variables, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
-    while not list(staging.glob("*/build.log")):
+    while not compiler.is_compiling():
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -113,7 +113,8 @@ def test_an_interrupted_build_leaves_nothing_half_made(tmp_path: Path) -> None:
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
     assert said.endswith("interrupted\n")
-    assert list(staging.iterdir()) == []
+    assert compiler.is_gone()
+    assert list((tmp_path / "cache" / "v1" / "staging").iterdir()) == []
     assert list((tmp_path / "cache" / "v1" / "entries").iterdir()) == []
 
 

@@ -25,6 +25,7 @@ from rwkv_jit.cache import Cache, cache_key, locks
 from rwkv_jit.cache.locks import lock_folder
 from rwkv_jit.errors import KernelBuildError
 from rwkv_jit.settings import Settings
+from stuck_compiler import StuckCompiler
 
 THIS = Path(__file__).stem
 DELAY = 1.0
@@ -263,25 +264,19 @@ def test_forked_child_of_a_building_process_waits_and_finds(tmp_path: Path, note
 
 @needs_compiler
 def test_compilers_end_with_the_process_that_wanted_them(tmp_path: Path, note: Note) -> None:
-    pid_file, compiler = tmp_path / "pid", tmp_path / "slow-g++"
-    compiler.write_text(
-        f'#!/bin/sh\ncase "$*" in *" -c "*) echo $$ > {pid_file}.new; '
-        f'mv {pid_file}.new {pid_file}; exec sleep 300;; esac\nexec g++ "$@"\n'
-    )
-    compiler.chmod(0o755)
+    compiler = StuckCompiler(tmp_path)
     code = (
         "import sys; from pathlib import Path; from rwkv_jit.build import obtain\n"
         "from kernel_sources import kernel_source; from rwkv_jit.settings import Settings\n"
         "obtain(kernel_source(), Settings(cache_dir=Path(sys.argv[1]), cxx=sys.argv[2]))"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, crew_paths()))}
-    command = [sys.executable, "-c", code, str(tmp_path / "cache"), str(compiler)]
+    command = [sys.executable, "-c", code, str(tmp_path / "cache"), str(compiler.program)]
     with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as process:
-        wait_for(pid_file.exists)
+        wait_for(compiler.is_compiling)
         process.kill()
-    compiling = Path(f"/proc/{pid_file.read_text().strip()}/stat")
     began = time.monotonic()
-    wait_for(lambda: not compiling.exists() or ") Z " in compiling.read_text(), 10)
+    wait_for(compiler.is_gone, 10)
     note("orphaned compilers end (real build)", 1, [time.monotonic() - began])
 
 
