@@ -13,6 +13,7 @@
 // what does not cross cancels.
 #include <cuda_runtime.h>
 
+#include <initializer_list>
 #include <type_traits>
 
 //% include "prelude.h"

@@ -46,7 +46,7 @@ __device__ __forceinline__ void prepare_chunks(const Arguments& args, const Toke
   const auto fetch_raw = [&](int first) {
     fetch<PARTS * 32>(args, tokens, first, thread, slot.raw);
   };
-  fetch_raw(slot_index * TOKENS);
+  if (slot_index * TOKENS < tokens.count) fetch_raw(slot_index * TOKENS);
   for (int first = slot_index * TOKENS; first < tokens.count; first += SLOTS * TOKENS) {
     copies_done();
     if (first >= SLOTS * TOKENS) wait_at<SLOT_THREADS>(EMPTY_BARRIER + slot_index);

@@ -22,10 +22,15 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // workers)))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """--emulate-gpu: run the gpu tests on a CPU, thread by thread."""
+    parser.addoption("--emulate-gpu", choices=("plain", "checked"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip GPU tests where there is no GPU; torch is asked only if there are any."""
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
-    if not gpu_items:
+    if not gpu_items or config.getoption("emulate_gpu"):
         return
     import torch
 
@@ -35,7 +40,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def session_cache(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
     """The kernel cache of this test session, shared by the workers of pytest-xdist."""
     base = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
@@ -52,6 +59,11 @@ def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("RWKV_JIT_CACHE_DIR", str(root))
         patch.setenv("RWKV_JIT_LOG_LEVEL", "quiet")
         patch.delenv("RWKV_JIT_MODE", raising=False)
+        how = request.config.getoption("emulate_gpu")
+        if how:
+            from emulating import emulate_gpu
+
+            emulate_gpu(request.config.cache.mkdir("emulated"), checked=how == "checked")
         yield root
 
 
