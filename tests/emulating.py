@@ -33,7 +33,7 @@ from rwkv_jit.render import render
 
 HERE = Path(__file__).parent / "emulator"
 ARCH = "sm90a"
-_FLAGS = ("-std=c++17", "-O1", "-g", "-fPIC", "-w", "-fvisibility=hidden", f"-I{HERE}")
+_FLAGS = ("-std=c++17", "-O1", "-fPIC", "-w", "-fvisibility=hidden", f"-I{HERE}")
 # More than any address.
 _EVERYTHING = 1 << 62
 _LAUNCH = re.compile(r"([\w:]+(?:<[^;<>]*>)?)\s*<<<(.+?)>>>\(", re.DOTALL)
@@ -91,34 +91,31 @@ def _instruction(statement: str) -> str:
 
 def build(source: str, folder: Path, *, checked: bool) -> Path:
     """The library of a CUDA source, built once below `folder`."""
-    text = translate(source)
-    own = "".join(path.read_text() for path in sorted(HERE.iterdir()))
-    digest = hashlib.sha256(f"{checked}{_FLAGS}{own}{text}".encode()).hexdigest()[:16]
-    library = folder / f"{digest}.so"
-    if library.exists():
-        return library
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as name:
-        unit, kernel, emulator, linked = (
-            Path(name, part) for part in ("source.cpp", "source.o", "emulator.o", "library.so")
-        )
-        unit.write_text(text)
-        watched = ["-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"]
-        defines = ["-DCHECKED"] if checked else []
-        _compile(unit, kernel, watched if checked else [])
-        _compile(HERE / "emulator.cpp", emulator, ["-O2", *defines])
-        _run(["g++", "-shared", "-o", linked, kernel, emulator])
-        os.replace(linked, library)
-    return library
+    watched = ("-g", "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0")
+    emulator = (HERE / "emulator.cpp").read_text()
+    defines = ("-O2", *(("-DCHECKED",) if checked else ()))
+    parts = [
+        _made(folder, emulator, ".o", (*_FLAGS, *defines)),
+        _made(folder, translate(source), ".o", (*_FLAGS, *(watched if checked else ()))),
+    ]
+    return _made(folder, "", ".so", ("-shared", *map(str, parts)))
 
 
-def _compile(source: Path, to: Path, flags: Sequence[str]) -> None:
-    _run(["g++", *_FLAGS, *flags, "-c", source, "-o", to])
-
-
-def _run(command: Sequence[str | Path]) -> None:
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-4000:]
+def _made(folder: Path, text: str, suffix: str, flags: Sequence[str]) -> Path:
+    """What g++ makes of a source, or of none, once for all processes."""
+    headers = "".join(path.read_text() for path in sorted(HERE.glob("*.h")))
+    digest = hashlib.sha256(repr((flags, headers, text)).encode()).hexdigest()[:16]
+    made = folder / f"{digest}{suffix}"
+    if not made.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as name:
+            source, output = Path(name, "source.cpp"), Path(name, "output")
+            source.write_text(text)
+            inputs = ["-c", source] if suffix == ".o" else []
+            command = ["g++", *flags, *inputs, "-o", output]
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert result.returncode == 0, result.stderr[-4000:]
+            os.replace(output, made)
+    return made
 
 
 class EmulatedKernel(Kernel):
