@@ -121,7 +121,7 @@ std::vector<std::vector<Meeting>> meetings;  // of each warp
 Barrier barriers[BARRIERS];
 std::vector<char> shared;
 char* stacks;
-unsigned current;
+unsigned current, block;
 void (*thread_body)(void*);
 void* thread_closure;
 size_t closure_size;
@@ -135,7 +135,7 @@ std::unordered_map<uintptr_t, Cell> cells;
 }
 
 std::string name_of(unsigned thread) {
-  return "block " + std::to_string(blockIdx.x) + ", thread " + std::to_string(thread);
+  return "block " + std::to_string(block) + ", thread " + std::to_string(thread);
 }
 
 // Where in the library the access under check is.
@@ -221,7 +221,7 @@ void run_thread(unsigned thread) {
 }
 
 std::string standstill() {
-  std::string message = "block " + std::to_string(blockIdx.x) + " stands still:";
+  std::string message = "block " + std::to_string(block) + " stands still:";
   for (unsigned first = 0; first < threads.size(); first += 32) {
     const Thread& lane = threads[first];
     message += " warp " + std::to_string(first / 32) +
@@ -289,7 +289,7 @@ bool is_common(uintptr_t begin, uintptr_t end, bool write) {
 
 void check_cell(uintptr_t address, bool write) {
   Cell& cell = cells[address];
-  if (cell.block != blockIdx.x) {
+  if (cell.block != block) {
     // Blocks have no order: what another has written is nobody else's to touch.
     if (cell.block != ~0u && (cell.write.thread >= 0 || (write && !cell.reads.empty())) &&
         !lies_in(address, address, shared.data(), shared.size()) &&
@@ -297,7 +297,7 @@ void check_cell(uintptr_t address, bool write) {
       fail("touches a tensor's element that block " + std::to_string(cell.block) +
            (cell.write.thread >= 0 ? " has written" : " has read"));
     cell = {};
-    cell.block = blockIdx.x;
+    cell.block = block;
   }
   const Clock& clock = threads[current].clock;
   const auto comes_before = [&](const Access& access) { return access.time <= clock[access.thread]; };
@@ -356,7 +356,7 @@ float value_of(uint32_t pair, int upper, bool is_half) {
 
 }  // namespace
 
-int run(unsigned blocks, unsigned count, size_t shared_bytes, void (*body)(void*), void* closure,
+int run(Index blocks, unsigned count, size_t shared_bytes, void (*body)(void*), void* closure,
         size_t closure_bytes) {
   if (!failure.empty()) return 1;
   failure.clear();
@@ -371,11 +371,12 @@ int run(unsigned blocks, unsigned count, size_t shared_bytes, void (*body)(void*
   thread_closure = closure;
   closure_size = closure_bytes;
   cells.clear();
-  std::vector<unsigned> queue(blocks);
-  for (unsigned block = 0; block < blocks; ++block) queue[block] = block;
+  std::vector<unsigned> queue(blocks.x * blocks.y * blocks.z);
+  for (size_t at = 0; at < queue.size(); ++at) queue[at] = at;
   std::shuffle(queue.begin(), queue.end(), order);
-  for (const unsigned block : queue) {
-    blockIdx = {block, 0, 0};
+  for (const unsigned at : queue) {
+    block = at;
+    blockIdx = {at % blocks.x, at / blocks.x % blocks.y, at / blocks.x / blocks.y};
     run_block();
     if (!failure.empty()) break;
   }
