@@ -112,8 +112,8 @@ def test_copies_come_when_they_are_waited_for_and_zeros_where_there_is_nothing(
     ("body", "said"),
     [
         ("memory[thread] = 1.0f; data[thread] = memory[63 - thread];", "with nothing between"),
-        ("memory[thread] = 1.0f; __syncwarp(); data[thread] = memory[63 - thread];", "nothing between"),
-        ("data[thread] = memory[thread]; __syncwarp(); memory[63 - thread] = 1.0f;", "nothing betw"),
+        ("memory[thread] = 1.0f; __syncwarp(); data[thread] = memory[63 - thread];", "between"),
+        ("data[thread] = memory[thread]; __syncwarp(); memory[63 - thread] = 1.0f;", "between"),
         ("if (thread != 5) __syncthreads();", "stands still"),
         ("if (thread % 32 == 5) __syncwarp(); else __shfl_sync(~0u, 1.0f, 0);", "other lanes"),
         ("if (thread == 1) memory[2000] = 1.0f;", "outside of shared memory and of every tensor"),

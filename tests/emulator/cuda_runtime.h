@@ -93,8 +93,7 @@ Value __shfl_sync(unsigned mask, Value value, int source, int width = 32) {
 template <typename Value>
 Value __shfl_xor_sync(unsigned mask, Value value, int lanes) {
   const int source = static_cast<int>(emulator::lane()) ^ lanes;
-  return emulator_cast<Value>(
-      emulator::shuffle(mask, emulator_cast<uint32_t>(value), source));
+  return emulator_cast<Value>(emulator::shuffle(mask, emulator_cast<uint32_t>(value), source));
 }
 template <typename Value>
 Value __shfl_down_sync(unsigned mask, Value value, int lanes) {

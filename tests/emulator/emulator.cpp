@@ -300,7 +300,9 @@ void check_cell(uintptr_t address, bool write) {
     cell.block = block;
   }
   const Clock& clock = threads[current].clock;
-  const auto comes_before = [&](const Access& access) { return access.time <= clock[access.thread]; };
+  const auto comes_before = [&](const Access& access) {
+    return access.time <= clock[access.thread];
+  };
   const auto where = [&] {
     const auto base = reinterpret_cast<uintptr_t>(shared.data());
     return address >= base && address < base + shared.size()
@@ -330,8 +332,7 @@ void check_cell(uintptr_t address, bool write) {
 
 constexpr uintptr_t CELL_BYTES = 2;
 
-void check(const void* memory, size_t bytes, bool write, bool aligned,
-           const void* by = nullptr) {
+void check(const void* memory, size_t bytes, bool write, bool aligned, const void* by = nullptr) {
   if (thread_body == nullptr) return;
   accessed_by = by;
   const auto begin = reinterpret_cast<uintptr_t>(memory), end = begin + bytes;
@@ -429,8 +430,7 @@ void arrive(int index, int count) {
 }
 
 void sync_warp(uint32_t mask) {
-  meet(mask, "__syncwarp",
-       [](const std::vector<unsigned>& lanes) { synchronise(lanes, lanes); });
+  meet(mask, "__syncwarp", [](const std::vector<unsigned>& lanes) { synchronise(lanes, lanes); });
 }
 
 uint32_t shuffle(uint32_t mask, uint32_t value, int source) {
@@ -485,7 +485,8 @@ void mma(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bool i
         float own_sum;
         std::memcpy(&own_sum, &threads[thread].words[6 + at], sizeof own_sum);
         double total = own_sum;
-        for (int k = 0; k < 16; ++k) total += static_cast<double>(first[row][k]) * second[k][column];
+        for (int k = 0; k < 16; ++k)
+          total += static_cast<double>(first[row][k]) * second[k][column];
         threads[thread].result[at] = emulator_cast<uint32_t>(static_cast<float>(total));
       }
     }
@@ -556,9 +557,7 @@ void wait_for_copies() {
 }
 
 float from_half(uint16_t bits) { return static_cast<float>(emulator_cast<_Float16>(bits)); }
-uint16_t to_half(float value) {
-  return emulator_cast<uint16_t>(static_cast<_Float16>(value));
-}
+uint16_t to_half(float value) { return emulator_cast<uint16_t>(static_cast<_Float16>(value)); }
 uint16_t to_bfloat16(float value) {
   const auto bits = emulator_cast<uint32_t>(value);
   if (value != value) return 0x7fff;
@@ -591,13 +590,13 @@ __attribute__((visibility("default"))) void emulator_allow(void* memory, size_t 
 }
 
 #ifdef CHECKED
-#define ACCESS(name, bytes, writes, aligned)                                     \
-  void __tsan_##name(void* at) {                                                 \
-    emulator::check(at, bytes, writes, aligned, __builtin_return_address(0));    \
+#define ACCESS(name, bytes, writes, aligned)                                  \
+  void __tsan_##name(void* at) {                                              \
+    emulator::check(at, bytes, writes, aligned, __builtin_return_address(0)); \
   }
-#define ACCESSES(bytes)                            \
-  ACCESS(read##bytes, bytes, false, true)          \
-  ACCESS(write##bytes, bytes, true, true)          \
+#define ACCESSES(bytes)                              \
+  ACCESS(read##bytes, bytes, false, true)            \
+  ACCESS(write##bytes, bytes, true, true)            \
   ACCESS(unaligned_read##bytes, bytes, false, false) \
   ACCESS(unaligned_write##bytes, bytes, true, false)
 ACCESSES(1)
