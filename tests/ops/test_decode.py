@@ -17,11 +17,11 @@ from comparing import (
     relative_rms,
     run_step,
 )
-from rwkv_jit import ServingOp, decode
-from rwkv_jit.decode_launch import launcher, registered
+from rwkv_jit import ServingOp, serving
 from rwkv_jit.errors import ArgumentError, ConfigError
 from rwkv_jit.ops import SPECS
 from rwkv_jit.reference import REFERENCES
+from rwkv_jit.serving_launch import launcher, registered
 from rwkv_jit.settings import Settings
 from serving import Tokens, draw, for_each_state, indices, on_each_device, op_for
 
@@ -400,8 +400,8 @@ def test_an_eager_call_of_known_sizes_does_not_go_through_the_dispatcher(
 def test_what_a_short_way_must_not_miss(monkeypatch: pytest.MonkeyPatch) -> None:
     """With torch's guards, and without them."""
     config = op_for("wkv7_decode", "cpu").config
-    for guards in (decode._GUARDS, None):
-        monkeypatch.setattr(decode, "_GUARDS", guards)
+    for guards in (serving._GUARDS, None):
+        monkeypatch.setattr(serving, "_GUARDS", guards)
         op = ServingOp(config)
         tokens, state = draw(op, "cpu", 2, 1, 2, slots=2)
         tokens[0].requires_grad_()
@@ -462,8 +462,8 @@ def test_the_reference_mode_advances_the_same_states(
     op = op_for(name, "cpu")
     tokens, state = draw(op, "cpu", 3, 2, 2, slots=4)
     other, slots = state.clone(), indices([3, -1, 0], "cpu")
-    monkeypatch.setattr("rwkv_jit.decode.current_settings", lambda: Settings(mode="reference"))
-    monkeypatch.setattr("rwkv_jit.decode.launcher", lambda _slug: None)
+    monkeypatch.setattr("rwkv_jit.serving.current_settings", lambda: Settings(mode="reference"))
+    monkeypatch.setattr("rwkv_jit.serving.launcher", lambda _slug: None)
     slow = ServingOp(op.config)
     for _ in range(2):
         assert (

@@ -9,11 +9,11 @@ import torch
 
 from comparing import PREFILL_OPS, TOLERANCES, relative_rms
 from rwkv_jit import Op, ServingOp, get_op
-from rwkv_jit.decode_launch import launcher, registered
 from rwkv_jit.errors import ArgumentError, ConfigError
 from rwkv_jit.launch import TORCH_DTYPES
 from rwkv_jit.ops import SPECS
 from rwkv_jit.reference import REFERENCES
+from rwkv_jit.serving_launch import launcher, registered
 from rwkv_jit.settings import Settings
 from serving import Tokens, draw, indices, on_each_device, op_for
 
@@ -409,7 +409,7 @@ def test_the_reference_mode_advances_the_same_states(
     op = op_for(name, "cpu")
     tokens, state, bounds, _ = packed_call(op, "cpu", [3, 0, 6, 2], beyond=3, more=1)
     other, slots = state.clone(), indices([3, 4, -1, 0], "cpu")
-    monkeypatch.setattr("rwkv_jit.decode.current_settings", lambda: Settings(mode="reference"))
+    monkeypatch.setattr("rwkv_jit.serving.current_settings", lambda: Settings(mode="reference"))
     slow = ServingOp(op.config)
     monkeypatch.setattr(slow, "_launcher", None)
     for _ in range(2):
