@@ -27,6 +27,8 @@ FLOW = (
     "cache.usage",
     "cache.growth",
     "cache.locks",
+    "cache.roots",
+    "cache.entries",
     "cache.store",
     "cache",
     "build.report",
