@@ -61,6 +61,7 @@ FLOW = (
     "pool",
     "nn.operators",
     "nn.parameters",
+    "nn.layer",
     "nn.time_mix",
     "nn.channel_mix",
     "nn.loss",
