@@ -19,6 +19,7 @@ FLOW = (
     "ops",
     "kernel_list",
     "render",
+    "compilers",
     "toolchain",
     "cache.folders",
     "cache.trust",

@@ -14,10 +14,10 @@ from .. import __version__
 from ..arch import MIN_CUDA_ARCH, host_cpu_arch
 from ..build import default_jobs, free_bytes
 from ..cache import LAYOUT, Cache, check_trusted, folder_bytes
+from ..compilers import NVIDIA_DRIVER, torch_cuda_version
 from ..errors import ConfigError, RwkvJitError, SettingsError
 from ..render import template_dir
 from ..settings import Settings, current_settings
-from ..toolchain import NVIDIA_DRIVER, torch_cuda_version
 from .planning import gpu_archs
 from .toolchain_checks import Check, host_compiler_check, ninja_check, nvcc_check
 from .trial import run_trial

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..arch import MIN_CUDA_ARCH, display_arch, host_cpu_arch
+from ..compilers import torch_cuda_version
 from ..errors import ConfigError, ToolchainError
 from ..settings import Settings
-from ..toolchain import Toolchain, find_toolchain, torch_cuda_version
+from ..toolchain import Toolchain, find_toolchain
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
