@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from rwkv_jit import arguments, decode, op, registry
+from rwkv_jit import arguments, op, registry, serving
 from rwkv_jit.arch import is_cuda
 from rwkv_jit.config import OpConfig
 from rwkv_jit.launch import Kernel, load_kernel
@@ -196,5 +196,5 @@ def emulate_gpu(folder: Path, *, checked: bool) -> None:
     registry._device_arch = device_arch
     torch.cuda.is_current_stream_capturing = lambda: False
     arguments.on_device_of = lambda _config, _tensor: True
-    op.is_cuda = decode.is_cuda = lambda _arch: False
+    op.is_cuda = serving.is_cuda = lambda _arch: False
     _OnCpu().__enter__()
