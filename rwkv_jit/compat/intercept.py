@@ -19,6 +19,7 @@ from ..errors import ConfigError, RwkvJitError
 from ..settings import current_settings
 from .calls import call
 from .extensions import EXTENSIONS, Function
+from .step_calls import call_step
 
 # The `rwkv` package's own: RWKV-4 and matrix products, which are no operators of ours. TorchScript
 # looks them up even where none is called, as on a CPU; on a GPU upstream's are built.
@@ -131,11 +132,13 @@ def _library(namespace: str) -> torch.library.Library:
 
 def _define(library: torch.library.Library, function: Function) -> None:
     library.define(function.schema)
+    run = functools.partial(call_step if function.returns else call, function)
     for key in ("CPU", "CUDA"):
-        library.impl(function.name, functools.partial(call, function), key)
-    # It returns nothing, and what it writes into has its shape.
+        library.impl(function.name, run, key)
+    # What is composed of registered ops is its own fake. What only writes has given shapes.
+    fake = run if function.returns else lambda *_: None
     torch.library.register_fake(
-        f"{function.extension.namespace}::{function.name}", lambda *_: None, lib=library
+        f"{function.extension.namespace}::{function.name}", fake, lib=library
     )
 
 
