@@ -19,7 +19,7 @@ from ..errors import ConfigError, RwkvJitError
 from ..settings import current_settings
 from .calls import call
 from .extensions import EXTENSIONS, Function
-from .step_calls import call_step
+from .step_calls import call_step, fake_step
 
 # The `rwkv` package's own: RWKV-4 and matrix products, which are no operators of ours. TorchScript
 # looks them up even where none is called, as on a CPU; on a GPU upstream's are built.
@@ -135,8 +135,8 @@ def _define(library: torch.library.Library, function: Function) -> None:
     run = functools.partial(call_step if function.returns else call, function)
     for key in ("CPU", "CUDA"):
         library.impl(function.name, run, key)
-    # What is composed of registered ops is its own fake. What only writes has given shapes.
-    fake = run if function.returns else lambda *_: None
+    # What returns nothing writes into what has its shape.
+    fake = functools.partial(fake_step, function) if function.returns else lambda *_: None
     torch.library.register_fake(
         f"{function.extension.namespace}::{function.name}", fake, lib=library
     )

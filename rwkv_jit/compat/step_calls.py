@@ -18,16 +18,26 @@ from .tensors import shaped
 # Rows of a head's logits at a time where the caller leaves it open.
 _CHUNK_ROWS = 4096
 Values = Mapping[str, Any]
+Composed = Mapping[tuple[str, str], Callable[[str, Values], Tensors]]
 
 
 def call_step(function: Function, *args: Any) -> torch.Tensor | list[torch.Tensor]:
-    """Call `function` with its arguments in order. Tensors without values will do.
+    """Call `function` with its arguments in order.
 
     Raises ArgumentError for tensors that do not fit, and what `get_op` and its operators raise.
     """
+    return _call(function, args, _COMPOSED)
+
+
+def fake_step(function: Function, *args: Any) -> torch.Tensor | list[torch.Tensor]:
+    """The same for tensors without values."""
+    return _call(function, args, _FAKES)
+
+
+def _call(function: Function, args: tuple[Any, ...], by_hand: Composed) -> Any:
     op, title = function.extension.op, function.title
     values = {ours: x for (_, ours, _), x in zip(function.arguments, args, strict=True)}
-    composed = _COMPOSED.get((op, function.name))
+    composed = by_hand.get((op, function.name))
     if composed is not None:
         found = composed(title, values)
     else:
@@ -44,7 +54,8 @@ def _returned(found: Tensors, name: str, mark: str, like: torch.Tensor) -> torch
 
 
 def _channel_mix(title: str, given: Values) -> Tensors:
-    """Upstream keeps the activation for the backward; its root is less than what it is made of."""
+    """Where upstream keeps the activation for the backward, here are the products that it is made
+    of: its root would have been rounded twice."""
     x, key, value = _layer(title, given)
     mixed = outputs(title, "token_shift_mix", {"x": x, "x_k": given["x_k"]})["k"]
     products = mixed @ key.T
@@ -141,10 +152,24 @@ def _head_cross_entropy(title: str, given: Values) -> Tensors:
     return {"loss": loss.detach(), "dhidden": dhidden, "dweight": dweight}
 
 
-_COMPOSED: Mapping[tuple[str, str], Callable[[str, Values], Tensors]] = MappingProxyType({
+def _fake_head_cross_entropy(_: str, given: Values) -> Tensors:
+    """The chunks themselves look at the targets."""
+    hidden, weight = given["hidden"], given["weight"]
+    return {
+        "loss": hidden.new_empty((), dtype=torch.promote_types(hidden.dtype, torch.float32)),
+        "dhidden": torch.empty_like(hidden),
+        "dweight": torch.empty_like(weight),
+    }
+
+
+_COMPOSED: Composed = MappingProxyType({
     ("channel_mix", "forward"): _channel_mix,
     ("channel_mix", "backward"): _channel_mix_gradients,
     ("l2wrap_cross_entropy", "forward"): _cross_entropy,
     ("l2wrap_cross_entropy", "backward"): _cross_entropy_gradients,
     ("head_l2wrap_cross_entropy", "forward"): _head_cross_entropy,
+})  # fmt: skip
+# Others are made of registered ops and torch's, which are their own.
+_FAKES: Composed = MappingProxyType({
+    **_COMPOSED, ("head_l2wrap_cross_entropy", "forward"): _fake_head_cross_entropy
 })  # fmt: skip
