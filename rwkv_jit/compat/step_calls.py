@@ -18,10 +18,11 @@ from .tensors import shaped
 # Rows of a head's logits at a time where the caller leaves it open.
 _CHUNK_ROWS = 4096
 Values = Mapping[str, Any]
+Results = torch.Tensor | list[torch.Tensor]
 Composed = Mapping[tuple[str, str], Callable[[str, Values], Tensors]]
 
 
-def call_step(function: Function, *args: Any) -> torch.Tensor | list[torch.Tensor]:
+def call_step(function: Function, *args: Any) -> Results:
     """Call `function` with its arguments in order.
 
     Raises ArgumentError for tensors that do not fit, and what `get_op` and its operators raise.
@@ -29,12 +30,12 @@ def call_step(function: Function, *args: Any) -> torch.Tensor | list[torch.Tenso
     return _call(function, args, _COMPOSED)
 
 
-def fake_step(function: Function, *args: Any) -> torch.Tensor | list[torch.Tensor]:
+def fake_step(function: Function, *args: Any) -> Results:
     """The same for tensors without values."""
     return _call(function, args, _FAKES)
 
 
-def _call(function: Function, args: tuple[Any, ...], by_hand: Composed) -> Any:
+def _call(function: Function, args: tuple[Any, ...], by_hand: Composed) -> Results:
     op, title = function.extension.op, function.title
     values = {ours: x for (_, ours, _), x in zip(function.arguments, args, strict=True)}
     composed = by_hand.get((op, function.name))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ def outputs(function: str, name: str, given: Mapping[str, Any]) -> Tensors:
     """
     spec, op, inputs = _prepared(function, name, given)
     entry = spec.called
+    made: Sequence[torch.Tensor | None]
     if current_settings().mode == "reference":
         with torch.no_grad():
             made = _several(op(**_present(inputs)))
@@ -100,9 +101,10 @@ def reference_gradients(op: Any, inputs: Tensors, flowing: Tensors, **options: b
     with torch.enable_grad():
         results = _several(op(**leaves, **options))
     made = zip(get_spec(op.config.op).called.outputs, results, strict=False)
-    pairs = [(x, flowing[f"d{y.name}"]) for y, x in made if f"d{y.name}" in flowing]
+    given = {f"d{tensor.name}": y for tensor, y in made if y is not None}
+    given = {name: y for name, y in given.items() if name in flowing}
     grads = torch.autograd.grad(
-        [x for x, _ in pairs], [leaves[name] for name in wanted], [dx for _, dx in pairs]
+        list(given.values()), [leaves[name] for name in wanted], [flowing[name] for name in given]
     )
     return {f"d{name}": grad for name, grad in zip(wanted, grads, strict=True)}
 

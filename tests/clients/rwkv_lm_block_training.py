@@ -17,6 +17,7 @@ from torch.utils.cpp_extension import load
 
 HEAD_SIZE, CHUNK_LEN = 64, 16
 WIDTH, VOCABULARY, BATCH, LENGTH, STEPS, LAYERS, RANK = 128, 64, 4, 48, 6, 2, 8
+LEARNING_RATE = 0.1
 HEADS = WIDTH // HEAD_SIZE
 MIXES = ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g")
 
@@ -264,16 +265,20 @@ def train(steps, dtype):
     # Both begin with parameters that bfloat16 has.
     model = Model(steps).bfloat16().to(dtype)
     ids = torch.randint(VOCABULARY, (BATCH, LENGTH + 1))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    masters = [p.detach().to(torch.float32, copy=True) for p in model.parameters()]
     losses, gradients = [], {}
     for _ in range(STEPS):
         loss = steps.loss(model(ids[:, :-1]), ids[:, 1:].contiguous())
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         gradients = gradients or {
             n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
         }
-        optimizer.step()
+        with torch.no_grad():
+            for p, master in zip(model.parameters(), masters, strict=True):
+                # The first layer has no gate between values.
+                if p.grad is not None:
+                    p.copy_(master.sub_(p.grad, alpha=LEARNING_RATE).bfloat16())
         losses.append(loss.item())
     return {"losses": losses, "gradients": gradients}
 

@@ -218,9 +218,7 @@ def check(
 
 
 def test_every_extension_that_writes_has_a_program_here() -> None:
-    writing = {
-        name for name, each in EXTENSIONS.items() if "!" in "".join(each.functions.values())
-    }
+    writing = {name for name, each in EXTENSIONS.items() if "!" in "".join(each.functions.values())}
     assert {name for name, _ in PROGRAMS} == writing
 
 

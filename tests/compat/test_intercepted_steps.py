@@ -369,44 +369,58 @@ def test_l2wrap_counts_as_the_loss_does(load: Callable[..., Any]) -> None:
         (
             "rwkv7_tmix_kk_pre_bf16_v2",
             {"k": torch.zeros(2, 9, 61)},
-            ("torch.ops.rwkv7_tmix_kk_pre_bf16_v2.forward: k has shape [2, 9, 61], but must be "
-            "[B, T, C] with C a multiple of the head size 20; reshape it, or check the head size"),
+            (
+                "torch.ops.rwkv7_tmix_kk_pre_bf16_v2.forward: k has shape [2, 9, 61], but must be "
+                "[B, T, C] with C a multiple of the head size 20; reshape it, or check the head size"
+            ),
         ),
         (
             "rwkv7_tmix_a_gate_bf16",
             {"a0": torch.zeros(1, 1, 60).half()},
-            ("a_gate: a0 is float16, but must be float32; "
-            "convert it, or get an operator of that dtype"),
+            (
+                "a_gate: a0 is float16, but must be float32; "
+                "convert it, or get an operator of that dtype"
+            ),
         ),
         (
             "rwkv7_tmix_vres_gate_bf16_v3",
             {"v12": torch.zeros(2, 9, 60).double()},
-            ("vres_gate: x is float64, but must be float32; "
-            "convert it, or get an operator of that dtype"),
+            (
+                "vres_gate: x is float64, but must be float32; "
+                "convert it, or get an operator of that dtype"
+            ),
         ),
         (
             "rwkv7_tmix_lnx_rkvres_xg_bf16_v1",
             {"r_k": torch.zeros(60)},
-            ("torch.ops.rwkv7_tmix_lnx_rkvres_xg_bf16_v1.forward: r_k has shape [60], but must be "
-            "[H, N]"),
+            (
+                "torch.ops.rwkv7_tmix_lnx_rkvres_xg_bf16_v1.forward: r_k has shape [60], but must be "
+                "[H, N]"
+            ),
         ),
         (
             "rwkv7_cmix_bf16_v5",
             {"value": torch.zeros(60, 43)},
-            ("torch.ops.rwkv7_cmix_bf16_v5.forward: value_weight is torch.float32 of shape "
-            "[60, 43], but must be torch.float32 of shape [C, F] with F=44"),
+            (
+                "torch.ops.rwkv7_cmix_bf16_v5.forward: value_weight is torch.float32 of shape "
+                "[60, 43], but must be torch.float32 of shape [C, F] with F=44"
+            ),
         ),
         (
             "rwkv7_l2wrap_ce_bf16_v2",
             {"logits": torch.zeros(2, 8, 37)},
-            ("torch.ops.rwkv7_l2wrap_ce_bf16_v2.forward: targets has shape [2, 9], but must hold "
-            "[1, 16]"),
+            (
+                "torch.ops.rwkv7_l2wrap_ce_bf16_v2.forward: targets has shape [2, 9], but must hold "
+                "[1, 16]"
+            ),
         ),
         (
             "rwkv7_head_l2wrap_ce_bf16_v4",
             {"weight": torch.zeros(37, 59)},
-            ("head_l2wrap_cross_entropy: weight has shape [37, 59], but must be [V, C] with C=60, "
-            "which hidden has; pass the head's weight as nn.Linear has it"),
+            (
+                "head_l2wrap_cross_entropy: weight has shape [37, 59], but must be [V, C] with C=60, "
+                "which hidden has; pass the head's weight as nn.Linear has it"
+            ),
         ),
     ],
 )
