@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..arguments import check_arguments, dtype_of, entry_sizes
-from ..autograd import torch_ops
+from ..autograd import is_plain, run_entry, torch_ops
 from ..errors import ArgumentError
 from ..nn.operators import find
 from ..ops import get_spec
@@ -35,12 +35,7 @@ def outputs(function: str, name: str, given: Mapping[str, Any]) -> Tensors:
         with torch.no_grad():
             made = _several(op(**_present(inputs)))
     else:
-        made = torch_ops(name).forward(
-            *inputs.values(),
-            *entry.scalars.values(),
-            op.config.slug,
-            *(False for _ in entry.optional_outputs),
-        )
+        made = _run(spec, op, "forward", inputs)
     found = zip(entry.outputs, made, strict=False)
     return {
         tensor.name: x.flatten(2) if tensor.shape == TOKENS else x
@@ -77,14 +72,8 @@ def gradients(function: str, name: str, given: Mapping[str, Any]) -> Tensors:
     if current_settings().mode == "reference":
         made = reference_gradients(op, _present(inputs), _present(arriving))
     else:
-        results = torch_ops(name).backward(
-            *arriving.values(),
-            *entry.scalars.values(),
-            op.config.slug,
-            *(False for _ in entry.optional_outputs),
-        )
-        names = [tensor.name for tensor in entry.outputs]
-        made = dict(zip(names, results, strict=True))
+        results = _run(spec, op, "backward", arriving)
+        made = {tensor.name: x for tensor, x in zip(entry.outputs, results, strict=True)}
     wanted = {f"d{source}": x for source, x in given.items() if f"d{source}" in made}
     return {target: made[target].reshape(source.shape) for target, source in wanted.items()}
 
@@ -107,6 +96,19 @@ def reference_gradients(op: Any, inputs: Tensors, flowing: Tensors, **options: b
         list(given.values()), [leaves[name] for name in wanted], [flowing[name] for name in given]
     )
     return {f"d{name}": grad for name, grad in zip(wanted, grads, strict=True)}
+
+
+def _run(
+    spec: OpSpec, op: Any, entry_name: str, tensors: Mapping[str, torch.Tensor | None]
+) -> Sequence[torch.Tensor]:
+    """All that an entry makes unless it is asked for more, from its inputs in order."""
+    entry = spec.entries[entry_name]
+    scalars, flags = entry.scalars.values(), (False for _ in entry.optional_outputs)
+    call = (*tensors.values(), *scalars, op.config.slug, *flags)
+    if is_plain(x for x in tensors.values() if x is not None):
+        return run_entry(spec, entry_name, call)
+    ops = torch_ops(spec.name)
+    return (ops.forward if entry_name == "forward" else ops.backward)(*call)
 
 
 def _prepared(

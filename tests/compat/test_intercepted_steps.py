@@ -370,8 +370,9 @@ def test_l2wrap_counts_as_the_loss_does(load: Callable[..., Any]) -> None:
             "rwkv7_tmix_kk_pre_bf16_v2",
             {"k": torch.zeros(2, 9, 61)},
             (
-                "torch.ops.rwkv7_tmix_kk_pre_bf16_v2.forward: k has shape [2, 9, 61], but must be "
-                "[B, T, C] with C a multiple of the head size 20; reshape it, or check the head size"
+                "torch.ops.rwkv7_tmix_kk_pre_bf16_v2.forward: k has shape [2, 9, 61], but must "
+                "be [B, T, C] with C a multiple of the head size 20; reshape it, or check the "
+                "head size"
             ),
         ),
         (
@@ -394,8 +395,8 @@ def test_l2wrap_counts_as_the_loss_does(load: Callable[..., Any]) -> None:
             "rwkv7_tmix_lnx_rkvres_xg_bf16_v1",
             {"r_k": torch.zeros(60)},
             (
-                "torch.ops.rwkv7_tmix_lnx_rkvres_xg_bf16_v1.forward: r_k has shape [60], but must be "
-                "[H, N]"
+                "torch.ops.rwkv7_tmix_lnx_rkvres_xg_bf16_v1.forward: r_k has shape [60], but "
+                "must be [H, N]"
             ),
         ),
         (
@@ -410,16 +411,16 @@ def test_l2wrap_counts_as_the_loss_does(load: Callable[..., Any]) -> None:
             "rwkv7_l2wrap_ce_bf16_v2",
             {"logits": torch.zeros(2, 8, 37)},
             (
-                "torch.ops.rwkv7_l2wrap_ce_bf16_v2.forward: targets has shape [2, 9], but must hold "
-                "[1, 16]"
+                "torch.ops.rwkv7_l2wrap_ce_bf16_v2.forward: targets has shape [2, 9], but must "
+                "hold [1, 16]"
             ),
         ),
         (
             "rwkv7_head_l2wrap_ce_bf16_v4",
             {"weight": torch.zeros(37, 59)},
             (
-                "head_l2wrap_cross_entropy: weight has shape [37, 59], but must be [V, C] with C=60, "
-                "which hidden has; pass the head's weight as nn.Linear has it"
+                "head_l2wrap_cross_entropy: weight has shape [37, 59], but must be [V, C] with "
+                "C=60, which hidden has; pass the head's weight as nn.Linear has it"
             ),
         ),
     ],
