@@ -12,33 +12,23 @@ from ..errors import ArgumentError
 from ..launch import TORCH_DTYPES
 from ..nn.loss import L2WRAP, head_l2wrap_cross_entropy
 from .extensions import Function
-from .steps import Tensors, gradients, outputs
+from .steps import Tensors, gradients, has_values, outputs
 from .tensors import shaped
 
 # Rows of a head's logits at a time where the caller leaves it open.
 _CHUNK_ROWS = 4096
 Values = Mapping[str, Any]
 Results = torch.Tensor | list[torch.Tensor]
-Composed = Mapping[tuple[str, str], Callable[[str, Values], Tensors]]
 
 
 def call_step(function: Function, *args: Any) -> Results:
-    """Call `function` with its arguments in order.
+    """Call `function` with its arguments in order. Tensors without values will do.
 
     Raises ArgumentError for tensors that do not fit, and what `get_op` and its operators raise.
     """
-    return _call(function, args, _COMPOSED)
-
-
-def fake_step(function: Function, *args: Any) -> Results:
-    """The same for tensors without values."""
-    return _call(function, args, _FAKES)
-
-
-def _call(function: Function, args: tuple[Any, ...], by_hand: Composed) -> Results:
     op, title = function.extension.op, function.title
     values = {ours: x for (_, ours, _), x in zip(function.arguments, args, strict=True)}
-    composed = by_hand.get((op, function.name))
+    composed = _COMPOSED.get((op, function.name))
     if composed is not None:
         found = composed(title, values)
     else:
@@ -144,6 +134,14 @@ def _rows(title: str, given: Values) -> Tensors:
 def _head_cross_entropy(title: str, given: Values) -> Tensors:
     hidden, weight = (given[name].detach().requires_grad_() for name in ("hidden", "weight"))
     targets = shaped(title, "targets", given["targets"], hidden.shape[:-1])
+    if not has_values(hidden):
+        # The targets' would be looked at.
+        loss = hidden.new_empty((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        return {
+            "loss": loss,
+            "dhidden": torch.empty_like(hidden),
+            "dweight": torch.empty_like(weight),
+        }
     rows = int(given["chunk_rows"])
     with torch.enable_grad():
         loss = head_l2wrap_cross_entropy(
@@ -153,24 +151,10 @@ def _head_cross_entropy(title: str, given: Values) -> Tensors:
     return {"loss": loss.detach(), "dhidden": dhidden, "dweight": dweight}
 
 
-def _fake_head_cross_entropy(_: str, given: Values) -> Tensors:
-    """The chunks themselves look at the targets."""
-    hidden, weight = given["hidden"], given["weight"]
-    return {
-        "loss": hidden.new_empty((), dtype=torch.promote_types(hidden.dtype, torch.float32)),
-        "dhidden": torch.empty_like(hidden),
-        "dweight": torch.empty_like(weight),
-    }
-
-
-_COMPOSED: Composed = MappingProxyType({
+_COMPOSED: Mapping[tuple[str, str], Callable[[str, Values], Tensors]] = MappingProxyType({
     ("channel_mix", "forward"): _channel_mix,
     ("channel_mix", "backward"): _channel_mix_gradients,
     ("l2wrap_cross_entropy", "forward"): _cross_entropy,
     ("l2wrap_cross_entropy", "backward"): _cross_entropy_gradients,
     ("head_l2wrap_cross_entropy", "forward"): _head_cross_entropy,
-})  # fmt: skip
-# Others are made of registered ops and torch's, which are their own.
-_FAKES: Composed = MappingProxyType({
-    **_COMPOSED, ("head_l2wrap_cross_entropy", "forward"): _fake_head_cross_entropy
 })  # fmt: skip

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..arguments import check_arguments, dtype_of, entry_sizes
 from ..autograd import is_plain, run_entry, torch_ops
@@ -31,7 +32,7 @@ def outputs(function: str, name: str, given: Mapping[str, Any]) -> Tensors:
     spec, op, inputs = _prepared(function, name, given)
     entry = spec.called
     made: Sequence[torch.Tensor | None]
-    if current_settings().mode == "reference":
+    if _runs_reference(inputs):
         with torch.no_grad():
             made = _several(op(**_present(inputs)))
     else:
@@ -69,13 +70,18 @@ def gradients(function: str, name: str, given: Mapping[str, Any]) -> Tensors:
         tensor.name: inputs[tensor.name] if tensor.name in inputs else flowing(tensor)
         for tensor in entry.inputs
     }
-    if current_settings().mode == "reference":
+    if _runs_reference(inputs):
         made = reference_gradients(op, _present(inputs), _present(arriving))
     else:
         results = _run(spec, op, "backward", arriving)
         made = {tensor.name: x for tensor, x in zip(entry.outputs, results, strict=True)}
     wanted = {f"d{source}": x for source, x in given.items() if f"d{source}" in made}
     return {target: made[target].reshape(source.shape) for target, source in wanted.items()}
+
+
+def has_values(x: torch.Tensor) -> bool:
+    """Whether a tensor is more than shape and dtype, as those are that a compiler traces with."""
+    return not isinstance(x, FakeTensor)
 
 
 def reference_gradients(op: Any, inputs: Tensors, flowing: Tensors, **options: bool) -> Tensors:
@@ -96,6 +102,14 @@ def reference_gradients(op: Any, inputs: Tensors, flowing: Tensors, **options: b
         list(given.values()), [leaves[name] for name in wanted], [flowing[name] for name in given]
     )
     return {f"d{name}": grad for name, grad in zip(wanted, grads, strict=True)}
+
+
+def _runs_reference(inputs: Mapping[str, torch.Tensor | None]) -> bool:
+    """Not where there are no values: results of kernels have the same shapes and dtypes, and
+    autograd may be out of reach."""
+    return current_settings().mode == "reference" and all(
+        map(has_values, _present(inputs).values())
+    )
 
 
 def _run(
