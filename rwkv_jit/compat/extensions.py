@@ -1,7 +1,8 @@
 """What RWKV programs build by `torch.utils.cpp_extension.load`, as data.
 
-An extension is functions that read tensors and write into others, without autograd: forward and
-backward are two of them. Each is written here as the list of its arguments in upstream's order.
+An extension is functions without autograd: forward and backward are two of them. Those of the
+recurrences write into tensors that they are given, those of the steps around them return theirs.
+Each is written here as the list of its arguments, and of what it returns, in upstream's order.
 """
 
 from __future__ import annotations
@@ -10,19 +11,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-# Arguments that are no tensors.
+# Arguments that are no tensors: the sizes of a recurrence's call, and those of other functions.
 SIZES = ("B", "T", "C", "H")
+INTEGERS = (*SIZES, "head_size", "chunk_rows")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Extension:
     """One extension.
 
-    op: the operator behind it.
+    op: the operator behind it, or what is composed of several.
     namespace: of its functions in torch.ops.
-    functions: the arguments of each. Capital letters are ints, the rest tensors; "q:r" is
+    functions: the arguments of each. `INTEGERS` are ints, the rest tensors; "q:r" is
         upstream's q and our r; "y!" is written into. "s" and "sa" are buffers in which upstream
         keeps what its backward reads. "w:factor" is the decay itself, "ww:log" its logarithm.
+        After "->" stands what is returned: "dx:fp32" is dx in another dtype than ours, and "rstd-"
+        something that upstream's backward reads and ours does not, a tensor without elements.
     decay: what "w" is.
     """
 
@@ -37,6 +41,26 @@ _CLAMPED = {
     "backward": "r w k v a b dy s sa dr! dw! dk! dv! da! db!",
 }
 _BONUS_GRADIENTS = "gy:dy gr:dr! gk:dk! gv:dv! gw:dw! gu:du!"
+_MIXED = "x x_r x_w x_k x_v x_a x_g"
+_MIX6 = {
+    "forward": f"{_MIXED} -> r w k v a g",
+    "backward": "grad_r:dr grad_w:dw grad_k:dk grad_v:dv grad_a:da grad_g:dg "
+    f"{_MIXED} -> dx dx_r dx_w dx_k dx_v dx_a dx_g",
+}
+_OF_KEYS = "grad_new_k:dnew_k grad_neg_kk:dneg_kk grad_kka:dkk_a k k_k a k_a"
+_KEYS = "k k_k a k_a head_size -> new_k neg_kk kk_a"
+_RESIDUAL = "v v_first v0 v12:x"
+_READ = "x:y r k v r_k weight bias g"
+_CHANNELS = "x x_k key_weight value_weight"
+_CHANNEL_MIX = {
+    "forward": f"{_CHANNELS} -> out mixed products",
+    "backward": f"grad_out:dout {_CHANNELS} mixed act:products "
+    "-> dx dx_k dkey_weight dvalue_weight",
+}
+_LOSS = {
+    "forward": "logits targets -> loss lse maximum argmax",
+    "backward": "grad_loss:dloss logits targets lse max_vals:maximum argmax -> dlogits",
+}
 _INFERENCE = dict.fromkeys(
     ("forward_bf16", "forward_fp16", "forward_fp32"), "B T C H state! r k v w:factor u y!"
 )
@@ -113,6 +137,77 @@ EXTENSIONS: Mapping[str, Extension] = MappingProxyType({
     ),
     "rwkv6": Extension(op="wkv6", namespace="rwkv6", functions=_INFERENCE),
     "rwkv5": Extension(op="wkv5", namespace="rwkv5", functions=_INFERENCE),
+    "rwkv7_tmix_mix6_bf16_v2": Extension(
+        op="token_shift_mix", namespace="rwkv7_tmix_mix6_bf16_v2", functions=_MIX6
+    ),
+    "rwkv7_tmix_mix6_bf16_v5": Extension(
+        op="token_shift_mix", namespace="rwkv7_tmix_mix6_bf16_v5", functions=_MIX6
+    ),
+    "rwkv7_tmix_kk_pre_bf16_v2": Extension(
+        op="kk_pre",
+        namespace="rwkv7_tmix_kk_pre_bf16_v2",
+        functions={
+            "forward": f"{_KEYS} denom-",
+            "backward": f"{_OF_KEYS} neg_kk denom head_size -> dk dk_k da dk_a",
+        },
+    ),
+    "rwkv7_tmix_kk_pre_bf16_v5": Extension(
+        op="kk_pre",
+        namespace="rwkv7_tmix_kk_pre_bf16_v5",
+        functions={
+            "forward": f"{_KEYS} inv_d-",
+            "backward": f"{_OF_KEYS} inv_d head_size -> dk dk_k da dk_a",
+        },
+    ),
+    "rwkv7_tmix_a_gate_bf16": Extension(
+        op="a_gate",
+        namespace="rwkv7_tmix_a_gate_bf16",
+        functions={
+            "forward": "a0 a12:x -> y",
+            "backward": "grad_out:dy a0 a12:x -> da0 dx",
+        },
+    ),
+    "rwkv7_tmix_vres_gate_bf16_v1": Extension(
+        op="vres_gate",
+        namespace="rwkv7_tmix_vres_gate_bf16_v1",
+        functions={
+            "forward": f"{_RESIDUAL} -> y",
+            "backward": f"grad_out:dy {_RESIDUAL} -> dv dv_first dx:fp32",
+        },
+    ),
+    "rwkv7_tmix_vres_gate_bf16_v3": Extension(
+        op="vres_gate",
+        namespace="rwkv7_tmix_vres_gate_bf16_v3",
+        functions={
+            "forward": f"{_RESIDUAL} -> y",
+            "backward": f"grad_out:dy {_RESIDUAL} -> dv dv_first dv0 dx",
+        },
+    ),
+    "rwkv7_tmix_lnx_rkvres_xg_bf16_v1": Extension(
+        op="readout",
+        namespace="rwkv7_tmix_lnx_rkvres_xg_bf16_v1",
+        functions={
+            "forward": f"{_READ} -> out mean- rstd-",
+            "backward": f"grad_xg:dout {_READ} mean rstd -> dy dr dk dv dr_k dweight dbias dg",
+        },
+    ),
+    "rwkv7_cmix_bf16_v2": Extension(
+        op="channel_mix", namespace="rwkv7_cmix_bf16_v2", functions=_CHANNEL_MIX
+    ),
+    "rwkv7_cmix_bf16_v5": Extension(
+        op="channel_mix", namespace="rwkv7_cmix_bf16_v5", functions=_CHANNEL_MIX
+    ),
+    "rwkv7_l2wrap_ce_bf16_v1": Extension(
+        op="l2wrap_cross_entropy", namespace="rwkv7_l2wrap_ce_bf16_v1", functions=_LOSS
+    ),
+    "rwkv7_l2wrap_ce_bf16_v2": Extension(
+        op="l2wrap_cross_entropy", namespace="rwkv7_l2wrap_ce_bf16_v2", functions=_LOSS
+    ),
+    "rwkv7_head_l2wrap_ce_bf16_v4": Extension(
+        op="head_l2wrap_cross_entropy",
+        namespace="rwkv7_head_l2wrap_ce_bf16_v4",
+        functions={"forward": "hidden weight targets chunk_rows -> loss dhidden dweight"},
+    ),
 })  # fmt: skip
 
 
@@ -121,25 +216,35 @@ class Function:
     """One function of an extension.
 
     arguments: upstream's name, our name, and whether it is written into, for each.
+    returns: our name and the mark behind it, for each: a dtype, "-" or nothing.
     """
 
     extension: Extension
     name: str
     arguments: tuple[tuple[str, str, bool], ...] = field(init=False)
+    returns: tuple[tuple[str, str], ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        words = self.extension.functions[self.name].split()
-        pairs = [(word, word.rstrip("!").partition(":")) for word in words]
+        words, _, returned = self.extension.functions[self.name].partition("->")
+        pairs = [(word, word.rstrip("!").partition(":")) for word in words.split()]
         parsed = tuple((head, ours or head, word[-1] == "!") for word, (head, _, ours) in pairs)
         object.__setattr__(self, "arguments", parsed)
+        marked = [word.replace("-", ":-").partition(":") for word in returned.split()]
+        object.__setattr__(self, "returns", tuple((name, mark) for name, _, mark in marked))
+
+    @property
+    def title(self) -> str:
+        """What a program calls it."""
+        return f"torch.ops.{self.extension.namespace}.{self.name}"
 
     @property
     def schema(self) -> str:
         """For torch.library, as "forward(int B, Tensor r, Tensor(a!) y) -> ()"."""
         letters = iter("abcdefghijklmnop")
         parts = [
-            f"{'int' if name in SIZES else f'Tensor({next(letters)}!)' if written else 'Tensor'} "
-            f"{name}"
+            f"{'int' if name in INTEGERS else f'Tensor({next(letters)}!)' if written else 'Tensor'}"
+            f" {name}"
             for name, _, written in self.arguments
         ]
-        return f"{self.name}({', '.join(parts)}) -> ()"
+        returned = {0: "()", 1: "Tensor"}.get(len(self.returns), "Tensor[]")
+        return f"{self.name}({', '.join(parts)}) -> {returned}"
