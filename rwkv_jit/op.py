@@ -213,10 +213,10 @@ class ElementwiseOp(Op):
         initial_state: [B or S, C], the token before the first; zeros if None. cu_seqlens,
             output_final_state: as for the recurrences; final_state is the last token.
 
-        Returns a tensor, or a tuple of tensors, with None for what has no x_j, and for a final state
-        that is not asked for. All floating inputs get gradients, those of
-        parameters summed in float32 (float64 for float64) in a fixed order. Under autocast the
-        inputs are converted to the operator's dtype, but for parameters of float32.
+        Returns a tensor, or a tuple of tensors, with None for what has no x_j, and for a final
+        state that is not asked for. All floating inputs get gradients, those of parameters summed
+        in float32 (float64 for float64) in a fixed order. Under autocast the inputs are converted
+        to the operator's dtype, but for parameters of float32.
 
         Raises ArgumentError for tensors that do not fit, and what building or loading a kernel
         raises at the first call. The formula is in `op.info()`.

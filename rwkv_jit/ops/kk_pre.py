@@ -1,5 +1,5 @@
-"""kk_pre: what RWKV-7 makes of a token's key before the recurrence. k_update: the key that is added,
-alone."""
+"""kk_pre: what RWKV-7 makes of a token's key before the recurrence.
+k_update: the key that is added, alone."""
 
 from __future__ import annotations
 

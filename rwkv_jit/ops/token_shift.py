@@ -27,9 +27,7 @@ _INITIAL_STATE = replace(
 )
 _FINAL_STATE = replace(FINAL_STATE, shape=("S", "C"), dtype=("op",), meaning="last token")
 _INPUTS = (_X, *_MIXES, CU_SEQLENS, _INITIAL_STATE)
-_MIXED = tuple(
-    replace(channels(use, f"made with x_{use}"), only_with=f"x_{use}") for use in _USES
-)
+_MIXED = tuple(replace(channels(use, f"made with x_{use}"), only_with=f"x_{use}") for use in _USES)
 
 TOKEN_SHIFT_MIX = elementwise(
     name="token_shift_mix",
