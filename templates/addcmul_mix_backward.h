@@ -1,4 +1,4 @@
-// addcmul_mix backward: dx sums dy, and ddelta dy * x_j, over uses; over tokens dx_j sums dy * delta.
+// addcmul_mix backward: over uses dx sums dy, ddelta sums dy * x_j; over tokens dx_j dy * delta.
 //% include "elementwise.h"
 //% include "mixes.h"
 
