@@ -1,4 +1,5 @@
-// addcmul_mix backward: over uses dx sums dy, ddelta sums dy * x_j; over tokens dx_j dy * delta.
+// addcmul_mix backward: over uses dx sums dy and ddelta sums dy * x_j; over tokens dx_j sums
+// dy * delta.
 //% include "elementwise.h"
 //% include "mixes.h"
 
