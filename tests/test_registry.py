@@ -48,12 +48,14 @@ def test_a_hit_costs_at_most_five_microseconds() -> None:
 def test_operators_are_listed() -> None:
     recurrences = ("wkv5", "wkv6", "wkv7")
     steps = ("token_shift_mix", "a_gate", "vres_gate", "kk_pre", "readout", "relu_squared")
+    as_fla = ("addcmul_mix", "k_update", "gate_output_correction")
     assert list_ops() == (
         *recurrences,
         *(f"{name}_decode" for name in recurrences),
         "wkv7_decode_fused",
         *(f"{name}_prefill" for name in recurrences),
         *steps,
+        *as_fla,
         "l2wrap_cross_entropy",
     )
 
