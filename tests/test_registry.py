@@ -215,14 +215,15 @@ def test_importing_leaves_the_garbage_collector_as_it_was(call: str) -> None:
 
 
 def test_first_use_in_a_warm_process_is_quick(session_cache: Path) -> None:
-    """At most 0.2 s beyond importing torch; more is allowed here for busy machines."""
+    """At most 0.2 s beyond importing torch, of cores and not of a busy machine's clock; twice that
+    is allowed where caches are shared with others."""
     op = get_op(head_size=64, dtype=torch.float32, device="cpu")
     op.load(backward=False)
     program = (
-        "import time, torch; begin = time.perf_counter();"
+        "import os, torch; begin = sum(os.times()[:4]);"
         "from rwkv_jit import get_op; x = torch.randn(1, 4, 2, 64);"
         "get_op(head_size=64, dtype=torch.float32, device='cpu')(x, x, x, x, x, x);"
-        "print(time.perf_counter() - begin)"
+        "print(sum(os.times()[:4]) - begin)"
     )
     best = min(
         float(
