@@ -360,7 +360,7 @@ float value_of(uint32_t pair, int upper, bool is_half) {
 int run(Index blocks, unsigned count, size_t shared_bytes, void (*body)(void*), void* closure,
         size_t closure_bytes) {
   if (!failure.empty()) return 1;
-  failure.clear();
+  accessed_by = nullptr;
   threads.assign(count, {});
   // Both ends are aligned as on a GPU.
   shared.assign(shared_bytes + 1024, 0);
