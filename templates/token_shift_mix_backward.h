@@ -97,9 +97,10 @@ struct Step {
       lane.read(args.dfinal_state, walk.s, dlast);
   }
 
-  RWKV_JIT_STEP void store_waiting(int64_t t, Real (&rest)[COUNT]) const {
-    each<COUNT>([&](int i) { rest[i] += waiting[i]; });
-    lane.store(args.dx, t, rest);
+  RWKV_JIT_STEP void store_waiting(int64_t t, const Real (&rest)[COUNT]) const {
+    Real dx[COUNT];
+    each<COUNT>([&](int i) { dx[i] = waiting[i] + rest[i]; });
+    lane.store(args.dx, t, dx);
   }
 };
 
