@@ -15,17 +15,19 @@ from .inputs import Tensors, draw_gradient
 LIMITS: Mapping[str, float] = {"bf16": 1.2e-2, "fp16": 5e-3, "fp32": 2e-5, "fp64": 1e-12}
 # Of two sequences and two heads; the tokens are a multiple of what kernels of others insist on.
 _MOST_TOKENS = 128
+# Of two sequences with all channels, so that sums over tokens are shared out as in the whole.
+_MOST_TOKENS_OF_STEPS = 1024
 
 Results = Callable[[Tensors], Sequence[torch.Tensor | None]]
 
 
-def slice_of(shape: Shape) -> Shape:
+def slice_of(shape: Shape, *, all_channels: bool = False) -> Shape:
     """The shape that the gate looks at."""
     return replace(
         shape,
         batch=min(shape.batch, 2),
-        length=min(shape.length, _MOST_TOKENS),
-        heads=min(shape.heads, 2),
+        length=min(shape.length, _MOST_TOKENS_OF_STEPS if all_channels else _MOST_TOKENS),
+        heads=shape.heads if all_channels else min(shape.heads, 2),
     )
 
 
