@@ -20,8 +20,8 @@ INTEGERS = (*SIZES, "head_size", "chunk_rows")
 class Extension:
     """One extension.
 
+    name: what `load` is called with, and the namespace of its functions in torch.ops.
     op: the operator behind it, or what is composed of several.
-    namespace: of its functions in torch.ops.
     functions: the arguments of each. `INTEGERS` are ints, the rest tensors; "q:r" is
         upstream's q and our r; "y!" is written into. "s" and "sa" are buffers in which upstream
         keeps what its backward reads. "w:factor" is the decay itself, "ww:log" its logarithm.
@@ -30,8 +30,8 @@ class Extension:
     decay: what "w" is.
     """
 
+    name: str
     op: str
-    namespace: str
     functions: Mapping[str, str]
     decay: str = "loglog"
 
@@ -65,34 +65,29 @@ _INFERENCE = dict.fromkeys(
     ("forward_bf16", "forward_fp16", "forward_fp32"), "B T C H state! r k v w:factor u y!"
 )
 
-# By the name that `load` is called with.
-EXTENSIONS: Mapping[str, Extension] = MappingProxyType({
-    "wind_backstepping": Extension(
+_ALL = (
+    Extension(
+        name="wind_backstepping",
         op="wkv7",
-        namespace="wind_backstepping",
         functions={
             "forward": "w q:r k v z:a a:b y! s! sa!",
             "backward": "w q:r k v z:a a:b dy s sa dw! dq:dr! dk! dv! dz:da! da:db!",
         },
     ),
-    "rwkv7_clampw": Extension(
-        op="wkv7", namespace="rwkv7_clampw", functions=_CLAMPED, decay="logit"
-    ),
-    "rwkv7_clampw_v3": Extension(
-        op="wkv7", namespace="rwkv7_clampw_v3", functions=_CLAMPED, decay="logit"
-    ),
-    "rwkv7_state_clampw": Extension(
+    Extension(name="rwkv7_clampw", op="wkv7", functions=_CLAMPED, decay="logit"),
+    Extension(name="rwkv7_clampw_v3", op="wkv7", functions=_CLAMPED, decay="logit"),
+    Extension(
+        name="rwkv7_state_clampw",
         op="wkv7",
-        namespace="rwkv7_state_clampw",
         functions={
             "forward": "s0:initial_state r w k v a b y! s! sa!",
             "backward": "r w k v a b dy s sa ds0:dinitial_state! dr! dw! dk! dv! da! db!",
         },
         decay="logit",
     ),
-    "rwkv7_statepassing_clampw": Extension(
+    Extension(
+        name="rwkv7_statepassing_clampw",
         op="wkv7",
-        namespace="rwkv7_statepassing_clampw",
         functions={
             "forward": "s0:initial_state r w k v a b y! sT:final_state! s! sa!",
             "backward": "r w k v a b dy dsT:dfinal_state s sa "
@@ -100,115 +95,104 @@ EXTENSIONS: Mapping[str, Extension] = MappingProxyType({
         },
         decay="logit",
     ),
-    "wkv7": Extension(
-        op="wkv7", namespace="wkv7", functions={"forward": "B T C H r w k v a b y!"}
-    ),
-    "wkv7s": Extension(
+    Extension(name="wkv7", op="wkv7", functions={"forward": "B T C H r w k v a b y!"}),
+    Extension(
+        name="wkv7s",
         op="wkv7",
-        namespace="wkv7s",
         functions=dict.fromkeys(
             ("forward", "forward_bf16", "forward_fp16", "forward_fp32"),
             "B T C H state! r w k v a b y!",
         ),
     ),
-    "wkv6": Extension(
+    Extension(
+        name="wkv6",
         op="wkv6",
-        namespace="wkv6",
         functions={
             "forward": "B T C H r k v w u y!",
             "backward": f"B T C H r k v w u {_BONUS_GRADIENTS}",
         },
     ),
-    "wkv6state": Extension(
+    Extension(
+        name="wkv6state",
         op="wkv6",
-        namespace="wkv6state",
         functions={
             "forward": "B T C H r k v w u s:initial_state y!",
             "backward": f"B T C H r k v w u s:initial_state {_BONUS_GRADIENTS} gs:dinitial_state!",
         },
     ),
-    "wkv5": Extension(
+    Extension(
+        name="wkv5",
         op="wkv5",
-        namespace="wkv5",
         functions={
             "forward": "B T C H r k v w:factor u y!",
             "backward": f"B T C H r k v w:factor ww:log u {_BONUS_GRADIENTS}",
         },
     ),
-    "rwkv6": Extension(op="wkv6", namespace="rwkv6", functions=_INFERENCE),
-    "rwkv5": Extension(op="wkv5", namespace="rwkv5", functions=_INFERENCE),
-    "rwkv7_tmix_mix6_bf16_v2": Extension(
-        op="token_shift_mix", namespace="rwkv7_tmix_mix6_bf16_v2", functions=_MIX6
-    ),
-    "rwkv7_tmix_mix6_bf16_v5": Extension(
-        op="token_shift_mix", namespace="rwkv7_tmix_mix6_bf16_v5", functions=_MIX6
-    ),
-    "rwkv7_tmix_kk_pre_bf16_v2": Extension(
+    Extension(name="rwkv6", op="wkv6", functions=_INFERENCE),
+    Extension(name="rwkv5", op="wkv5", functions=_INFERENCE),
+    Extension(name="rwkv7_tmix_mix6_bf16_v2", op="token_shift_mix", functions=_MIX6),
+    Extension(name="rwkv7_tmix_mix6_bf16_v5", op="token_shift_mix", functions=_MIX6),
+    Extension(
+        name="rwkv7_tmix_kk_pre_bf16_v2",
         op="kk_pre",
-        namespace="rwkv7_tmix_kk_pre_bf16_v2",
         functions={
             "forward": f"{_KEYS} denom-",
             "backward": f"{_OF_KEYS} neg_kk denom head_size -> dk dk_k da dk_a",
         },
     ),
-    "rwkv7_tmix_kk_pre_bf16_v5": Extension(
+    Extension(
+        name="rwkv7_tmix_kk_pre_bf16_v5",
         op="kk_pre",
-        namespace="rwkv7_tmix_kk_pre_bf16_v5",
         functions={
             "forward": f"{_KEYS} inv_d-",
             "backward": f"{_OF_KEYS} inv_d head_size -> dk dk_k da dk_a",
         },
     ),
-    "rwkv7_tmix_a_gate_bf16": Extension(
+    Extension(
+        name="rwkv7_tmix_a_gate_bf16",
         op="a_gate",
-        namespace="rwkv7_tmix_a_gate_bf16",
         functions={
             "forward": "a0 a12:x -> y",
             "backward": "grad_out:dy a0 a12:x -> da0 dx",
         },
     ),
-    "rwkv7_tmix_vres_gate_bf16_v1": Extension(
+    Extension(
+        name="rwkv7_tmix_vres_gate_bf16_v1",
         op="vres_gate",
-        namespace="rwkv7_tmix_vres_gate_bf16_v1",
         functions={
             "forward": f"{_RESIDUAL} -> y",
             "backward": f"grad_out:dy {_RESIDUAL} -> dv dv_first dx:fp32",
         },
     ),
-    "rwkv7_tmix_vres_gate_bf16_v3": Extension(
+    Extension(
+        name="rwkv7_tmix_vres_gate_bf16_v3",
         op="vres_gate",
-        namespace="rwkv7_tmix_vres_gate_bf16_v3",
         functions={
             "forward": f"{_RESIDUAL} -> y",
             "backward": f"grad_out:dy {_RESIDUAL} -> dv dv_first dv0 dx",
         },
     ),
-    "rwkv7_tmix_lnx_rkvres_xg_bf16_v1": Extension(
+    Extension(
+        name="rwkv7_tmix_lnx_rkvres_xg_bf16_v1",
         op="readout",
-        namespace="rwkv7_tmix_lnx_rkvres_xg_bf16_v1",
         functions={
             "forward": f"{_READ} -> out mean- rstd-",
             "backward": f"grad_xg:dout {_READ} mean rstd -> dy dr dk dv dr_k dweight dbias dg",
         },
     ),
-    "rwkv7_cmix_bf16_v2": Extension(
-        op="channel_mix", namespace="rwkv7_cmix_bf16_v2", functions=_CHANNEL_MIX
-    ),
-    "rwkv7_cmix_bf16_v5": Extension(
-        op="channel_mix", namespace="rwkv7_cmix_bf16_v5", functions=_CHANNEL_MIX
-    ),
-    "rwkv7_l2wrap_ce_bf16_v1": Extension(
-        op="l2wrap_cross_entropy", namespace="rwkv7_l2wrap_ce_bf16_v1", functions=_LOSS
-    ),
-    "rwkv7_l2wrap_ce_bf16_v2": Extension(
-        op="l2wrap_cross_entropy", namespace="rwkv7_l2wrap_ce_bf16_v2", functions=_LOSS
-    ),
-    "rwkv7_head_l2wrap_ce_bf16_v4": Extension(
+    Extension(name="rwkv7_cmix_bf16_v2", op="channel_mix", functions=_CHANNEL_MIX),
+    Extension(name="rwkv7_cmix_bf16_v5", op="channel_mix", functions=_CHANNEL_MIX),
+    Extension(name="rwkv7_l2wrap_ce_bf16_v1", op="l2wrap_cross_entropy", functions=_LOSS),
+    Extension(name="rwkv7_l2wrap_ce_bf16_v2", op="l2wrap_cross_entropy", functions=_LOSS),
+    Extension(
+        name="rwkv7_head_l2wrap_ce_bf16_v4",
         op="head_l2wrap_cross_entropy",
-        namespace="rwkv7_head_l2wrap_ce_bf16_v4",
         functions={"forward": "hidden weight targets chunk_rows -> loss dhidden dweight"},
     ),
-})  # fmt: skip
+)
+EXTENSIONS: Mapping[str, Extension] = MappingProxyType(
+    {extension.name: extension for extension in _ALL}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +219,7 @@ class Function:
     @property
     def title(self) -> str:
         """What a program calls it."""
-        return f"torch.ops.{self.extension.namespace}.{self.name}"
+        return f"torch.ops.{self.extension.name}.{self.name}"
 
     @property
     def schema(self) -> str:

@@ -109,15 +109,15 @@ def registered(name: str) -> types.ModuleType:
     Returns a module that has them too, as those have that upstream builds by pybind11.
     """
     extension = EXTENSIONS[name]
-    library = _library(extension.namespace)
+    library = _library(name)
     module = types.ModuleType(name, f"{name} on rwkv_jit's {extension.op}")
     for function_name in extension.functions:
         _define(library, Function(extension, function_name))
-        packet = getattr(getattr(torch.ops, extension.namespace), function_name)
+        packet = getattr(getattr(torch.ops, name), function_name)
         setattr(module, function_name, packet)
     # Its functions are registered as long as it lives.
     module.__dict__["_library"] = library
-    _announce(name, f"torch.ops.{extension.namespace} is {extension.op} of rwkv_jit")
+    _announce(name, f"torch.ops.{name} is {extension.op} of rwkv_jit")
     return module
 
 
@@ -137,9 +137,7 @@ def _define(library: torch.library.Library, function: Function) -> None:
         library.impl(function.name, run, key)
     # What returns nothing writes into what has its shape.
     fake = run if function.returns else lambda *_: None
-    torch.library.register_fake(
-        f"{function.extension.namespace}::{function.name}", fake, lib=library
-    )
+    torch.library.register_fake(f"{function.extension.name}::{function.name}", fake, lib=library)
 
 
 @functools.cache
