@@ -150,7 +150,9 @@ def test_a_cuda_graph_on_a_side_stream_replays_forward_and_backward(name: str) -
 
     def work() -> list[torch.Tensor]:
         outputs = outputs_of(op(**leaves))
-        return [*outputs, *torch.autograd.grad(outputs, list(leaves.values()), dys)]
+        grads = torch.autograd.grad(outputs, list(leaves.values()), dys)
+        # What is kept must not keep this stream's autograd graph.
+        return [*(y.detach() for y in outputs), *grads]
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

@@ -2,8 +2,8 @@
 
 FLA's own kernels are the oracle here; without a GPU, in Triton's interpreter. Models have random
 weights. Relative RMS errors are asserted: 1e-5 for logits in float32 and 1e-4 for the gradient of
-every parameter, on a GPU 2e-3 for both: FLA's kernels multiply in TF32 there. FLA's tests allow
-its kernels 4e-3 to 8e-3.
+every parameter, on a GPU 2e-3 and 8e-3: FLA's kernels multiply in TF32 there, and FLA's tests allow
+them 4e-3 to 8e-3.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ for name in ("flash-linear-attention", "triton"):
         pytest.skip(f"{name} is not installed", allow_module_level=True)
 
 PROGRAM = Path(__file__).parent / "fla_program.py"
-LIMITS = {"cpu": {"logits": 1e-5, "gradients": 1e-4}, "cuda": {"logits": 2e-3, "gradients": 2e-3}}
+LIMITS = {"cpu": {"logits": 1e-5, "gradients": 1e-4}, "cuda": {"logits": 2e-3, "gradients": 8e-3}}
 RUNS = (
     "RWKV6 trained",
     "RWKV6 trained in chunks",

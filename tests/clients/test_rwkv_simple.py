@@ -2,7 +2,8 @@
 
 The package's own chunked operator in float64, `wkv6_torch`, is the oracle here. Models have random
 weights. Relative RMS errors are asserted: 1e-5 for logits in float32, 1e-4 for the gradient of
-every parameter, 2e-2 for logits in bfloat16.
+every parameter. In bfloat16, where the most is the rounding of the whole model, logits are at most
+1.2 times as far from those in float32 as by its own operator.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ pytest.importorskip("rwkv_simple")
 
 from rwkv_simple import rwkv as client
 
-LOGITS, GRADIENTS, BFLOAT16_LOGITS = 1e-5, 1e-4, 2e-2
+LOGITS, GRADIENTS, OF_ITS_OWN_ERROR = 1e-5, 1e-4, 1.2
 LAYERS, VOCABULARY, WIDTH, HEAD_SIZE = 2, 97, 128, 64
 
 Kernel = Callable[..., torch.Tensor]
@@ -113,13 +114,14 @@ def test_gradients_of_all_parameters_match_its_own_operator(device: str, calls: 
 
 
 @on_each_device
-def test_bfloat16_is_close_to_its_own_operator_in_float32(device: str, calls: list[int]) -> None:
+def test_bfloat16_is_as_near_to_float32_as_its_own_operator(device: str, calls: list[int]) -> None:
     model, ids = make_model(device, torch.bfloat16), draw_ids(device, 2, 38)
     exact = make_model(device)
     exact.load_state_dict(model.state_dict())
     with torch.no_grad():
         truth = logits_of(exact, ids, client.WKVBackend.PYTORCH_OPTIMIZED)
+        own = logits_of(model, ids, client.WKVBackend.PYTORCH_OPTIMIZED)
         logits = logits_of(model, ids, client.WKVBackend.CUDA)
     assert calls == [38] * LAYERS
-    assert logits.dtype == torch.bfloat16
-    assert relative_rms(logits, truth) <= BFLOAT16_LOGITS
+    assert logits.dtype == own.dtype == torch.bfloat16
+    assert relative_rms(logits, truth) <= OF_ITS_OWN_ERROR * relative_rms(own, truth)
