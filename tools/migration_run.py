@@ -1,4 +1,7 @@
-"""One client of migration.py, one way: its results at a small size, and its times."""
+"""One client of migration.py, one way: its results at a small size, and its times.
+
+The way is "own", "ours" or "truth", which is the same weights and ours in float32, without times.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,10 @@ import torch
 from torch.nn import functional as F
 
 from rwkv_jit.bench.timing import time_of
+from rwkv_jit.compat import rwkv_lm
 
 HEAD_SIZE, SMALL_VOCABULARY = 64, 512
+OPERATORS = {"x070": "RUN_CUDA_RWKV7g", "x060": "RUN_CUDA_RWKV6", "x052": "RUN_CUDA_RWKV5"}
 Loss = Callable[[Any, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -28,6 +33,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=kind)
     for name in ("device", "shape"):
         parser.add_argument(f"--{name}")
+    parser.add_argument("--short-tuning", action="store_true")
     given = parser.parse_args()
     # Upstream's own.
     warnings.simplefilter("ignore")
@@ -38,9 +44,14 @@ def main() -> None:
         times[name] = time_of(work, given.device, given.seconds).median_ms
 
     fla = given.client.startswith("RWKV")
-    client: Any = Fla(given.client, given.way) if fla else Trainer(given.client)
+    client: Any = (Fla if fla else Trainer)(given.client, given.way)
+    if fla and given.short_tuning:
+        shorten_tuning()
     small = client.model(2, 2, SMALL_VOCABULARY).to(given.device, torch.bfloat16)
     ids = torch.randint(SMALL_VOCABULARY, (2, 129)).to(given.device)
+    if given.way == "truth":
+        torch.save({"gate": gradients(client.loss, small.float(), ids)}, given.results)
+        return
     gate = gradients(client.loss, small, ids)
     if not fla:
         tokens = client.tokens(batch, length, heads, given.device)
@@ -74,6 +85,24 @@ def gradients(loss_of: Loss, model: Any, ids: torch.Tensor) -> dict[str, torch.T
     return {name: x.detach().cpu() for name, x in {"logits": logits, **named}.items()}
 
 
+def shorten_tuning() -> None:
+    """Leave out the configurations of FLA's kernels that take the most of the tuning's time."""
+    autotuner = importlib.import_module("triton.runtime.autotuner").Autotuner
+    prune = autotuner.prune_configs
+
+    def prune_more(self: Any, given: dict[str, Any]) -> list[Any]:
+        found: list[Any] = prune(self, given)
+        few = [
+            config
+            for config in found
+            if config.num_warps < 32
+            and all(config.kwargs.get(name, 0) <= HEAD_SIZE for name in ("BK", "BV"))
+        ]
+        return few or found
+
+    autotuner.prune_configs = prune_more
+
+
 def randomised(model: torch.nn.Module) -> torch.nn.Module:
     """With every parameter random: several begin at zero."""
     with torch.no_grad():
@@ -85,13 +114,18 @@ def randomised(model: torch.nn.Module) -> torch.nn.Module:
 class Trainer:
     """rwkv-trainer: it builds its kernels when it is imported."""
 
-    def __init__(self, version: str) -> None:
+    def __init__(self, version: str, way: str) -> None:
+        exact = way == "truth"
         os.environ.update(
-            RWKV_MY_TESTING=version, RWKV_JIT_ON="1", RWKV_HEAD_SIZE_A=str(HEAD_SIZE),
-            RWKV_CTXLEN="4096", RWKV_TRAIN_TYPE="", RWKV_FLOAT_MODE="bf16",
+            RWKV_MY_TESTING=version, RWKV_JIT_ON=str(int(not exact)), RWKV_TRAIN_TYPE="",
+            RWKV_HEAD_SIZE_A=str(HEAD_SIZE), RWKV_CTXLEN="4096", RWKV_FLOAT_MODE="bf16",
         )  # fmt: skip
         self._version = version
         self._package: Any = importlib.import_module("rwkv_trainer.model.model")
+        if exact:
+            # Its own take bfloat16 alone.
+            name = OPERATORS[version]
+            setattr(self._package, name, getattr(rwkv_lm, name))
 
     def model(self, layers: int, heads: int, vocabulary: int) -> torch.nn.Module:
         torch.manual_seed(0)
@@ -124,13 +158,9 @@ class Trainer:
         return [(y.flatten(2) if y.dim() == 4 else y).bfloat16() for y in tokens]
 
     def operator(self, tokens: list[torch.Tensor], heads: int) -> torch.Tensor:
-        package, (batch, length, width) = self._package, tokens[0].shape
-        if self._version == "x070":
-            y = package.RUN_CUDA_RWKV7g(*tokens)
-        elif self._version == "x060":
-            y = package.RUN_CUDA_RWKV6(*tokens)
-        else:
-            y = package.RUN_CUDA_RWKV5(batch, length, width, heads, *tokens)
+        batch, length, width = tokens[0].shape
+        sizes = (batch, length, width, heads) if self._version == "x052" else ()
+        y = getattr(self._package, OPERATORS[self._version])(*sizes, *tokens)
         assert isinstance(y, torch.Tensor)
         return y
 
@@ -141,7 +171,7 @@ class Fla:
     def __init__(self, kind: str, way: str) -> None:
         self._kind = kind
         self._models: Any = importlib.import_module("fla.models")
-        if way == "ours":
+        if way != "own":
             from rwkv_jit.compat.fla_backend import register  # noqa: PLC0415
 
             register()
