@@ -68,7 +68,7 @@ __device__ __forceinline__ void scan_chunk(const Arguments& args, const Tokens& 
   load_transposed<ROW>(v + own_value(), values);
 #pragma unroll
   for (int step = 0; step < STEPS; ++step) {
-    const OperandA rows = to_operand(state[step][0], state[step][1]);
+    const OperandA rows = to_operand(state[step]);
     load_transposed<ROW>(&chunk.w[0][16 * step], right);
     add_product(u, rows, right);  // S W^T
     load_transposed<ROW>(&chunk.r[0][16 * step], right);
@@ -77,7 +77,7 @@ __device__ __forceinline__ void scan_chunk(const Arguments& args, const Tokens& 
   load_transposed<PADDED>(&chunk.m[0][0], right);
   add_product(y, values, right);  // V^T M^T
   store_values(y, args.y, tokens, first);
-  step_state(state, chunk, values, chunk.k, to_operand(u[0], u[1]), chunk.b);
+  step_state(state, chunk, values, chunk.k, to_operand(u), chunk.b);
 }
 
 // Takes this warp's rows of the state through all chunks.

@@ -18,16 +18,20 @@ static_assert(IS_FP16 || std::is_same_v<Element, __nv_bfloat16>);
 
 // A 16 x 8 product: (g, 2q), (g, 2q + 1), (g + 8, 2q), (g + 8, 2q + 1).
 using Accumulator = float[4];
-// A 16 x 16 first operand, in pairs of columns: (g, left), (g + 8, left), (g, right),
-// (g + 8, right), where left is columns 2q and 2q + 1, right is those and eight.
-struct OperandA {
-  uint32_t at[4];
+// Sixteen rows of 8 TILES columns, in pairs of columns: of each tile (g, 2q and 2q + 1), then
+// (g + 8, those). Two tiles are a first operand.
+template <int TILES>
+struct Rows {
+  uint32_t at[2 * TILES];
 };
-// A 16 x 16 second operand, in pairs of rows: (upper, g), (lower, g), (upper, g + 8),
-// (lower, g + 8), where upper is rows 2q and 2q + 1, lower is those and eight.
-struct OperandB {
-  uint32_t at[4];
+using OperandA = Rows<2>;
+// The same, in pairs of rows, for a second operand: of each tile (2q and 2q + 1, g), then (those
+// and eight, g).
+template <int TILES>
+struct Columns {
+  uint32_t at[2 * TILES];
 };
+using OperandB = Columns<2>;
 
 __device__ __forceinline__ uint32_t pack(float low, float high) {
   uint32_t pair;
@@ -64,11 +68,13 @@ __device__ __forceinline__ void mma(Accumulator& sum, const OperandA& a, uint32_
   }
 }
 
-// sum += a b, sum's columns in two tiles.
-__device__ __forceinline__ void add_product(Accumulator& left, Accumulator& right,
-                                            const OperandA& a, const OperandB& b) {
-  mma(left, a, b.at[0], b.at[1]);
-  mma(right, a, b.at[2], b.at[3]);
+// sum += a b.
+template <int TILES>
+__device__ __forceinline__ void add_product(Accumulator (&sum)[TILES], const OperandA& a,
+                                            const Columns<TILES>& b) {
+#pragma unroll
+  for (int tile = 0; tile < TILES; ++tile)
+    mma(sum[tile], a, b.at[2 * tile], b.at[2 * tile + 1]);
 }
 
 // An accumulator as it lies in memory, as it is or rounded.
@@ -86,21 +92,34 @@ __device__ __forceinline__ void get(uint2 from, Accumulator& to) {
   to[2] = low_of(from.y), to[3] = high_of(from.y);
 }
 
-// Two tiles side by side, rounded to an operand.
-__device__ __forceinline__ OperandA to_operand(const Accumulator& left, const Accumulator& right) {
-  return {pack(left[0], left[1]), pack(left[2], left[3]), pack(right[0], right[1]),
-          pack(right[2], right[3])};
+// Tiles side by side, rounded.
+template <int TILES>
+__device__ __forceinline__ Rows<TILES> to_operand(const Accumulator (&tiles)[TILES]) {
+  Rows<TILES> rows;
+#pragma unroll
+  for (int at = 0; at < 2 * TILES; ++at)
+    rows.at[at] = pack(tiles[at / 2][at % 2 * 2], tiles[at / 2][at % 2 * 2 + 1]);
+  return rows;
 }
 
-// The four 8 x 8 matrices of a 16 x 16 block: left ones first, or (not DOWN) upper ones
-// first; each transposed if TURNED.
-template <int STRIDE, bool DOWN, bool TURNED>
-__device__ __forceinline__ void load_matrices(const Element* block, uint32_t (&to)[4]) {
+// The 8 x 8 matrices of a 16 x 16 block, or of its left half: left ones first, or (not DOWN) upper
+// ones first; each transposed if TURNED.
+template <int STRIDE, bool DOWN, bool TURNED, int COUNT>
+__device__ __forceinline__ void load_matrices(const Element* block, uint32_t (&to)[COUNT]) {
+  static_assert(COUNT == 4 || (COUNT == 2 && DOWN));
   const int lane = threadIdx.x % 32;
   const int row = DOWN ? lane % 16 : lane % 8 + lane / 16 * 8;
   const int column = DOWN ? lane / 16 * 8 : lane / 8 % 2 * 8;
   const uint32_t from = shared_address(block + row * STRIDE + column);
-  if constexpr (TURNED) {
+  if constexpr (COUNT == 2 && TURNED) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(to[0]), "=r"(to[1])
+                 : "r"(from));
+  } else if constexpr (COUNT == 2) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(to[0]), "=r"(to[1])
+                 : "r"(from));
+  } else if constexpr (TURNED) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                  : "r"(from));
@@ -111,17 +130,17 @@ __device__ __forceinline__ void load_matrices(const Element* block, uint32_t (&t
   }
 }
 
-// The 16 x 16 block at `block`, rows STRIDE apart, or its transpose, as an operand.
-template <int STRIDE>
-__device__ __forceinline__ void load(const Element* block, OperandA& a) {
+// The 16 x 16 block at `block`, rows STRIDE apart, or its left half, or its transpose, as an operand.
+template <int STRIDE, int TILES>
+__device__ __forceinline__ void load(const Element* block, Rows<TILES>& a) {
   load_matrices<STRIDE, true, false>(block, a.at);
 }
 template <int STRIDE>
 __device__ __forceinline__ void load_transposed(const Element* block, OperandA& a) {
   load_matrices<STRIDE, false, true>(block, a.at);
 }
-template <int STRIDE>
-__device__ __forceinline__ void load(const Element* block, OperandB& b) {
+template <int STRIDE, int TILES>
+__device__ __forceinline__ void load(const Element* block, Columns<TILES>& b) {
   load_matrices<STRIDE, true, true>(block, b.at);
 }
 template <int STRIDE>
@@ -136,8 +155,12 @@ __device__ __forceinline__ uint32_t turned(uint32_t pair) {
   asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(to) : "r"(pair));
   return to;
 }
-__device__ __forceinline__ OperandB to_second(const OperandA& a) {
-  return {turned(a.at[0]), turned(a.at[1]), turned(a.at[2]), turned(a.at[3])};
+template <int TILES>
+__device__ __forceinline__ Columns<TILES> to_second(const Rows<TILES>& rows) {
+  Columns<TILES> to;
+#pragma unroll
+  for (int at = 0; at < 2 * TILES; ++at) to.at[at] = turned(rows.at[at]);
+  return to;
 }
 
 // Waits at a numbered barrier for THREADS threads to come, or to have passed arrive_at.
