@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .config import OpConfig as OpConfig
-    from .decode import ServingOp as ServingOp
     from .op import ElementwiseOp as ElementwiseOp
     from .op import Op as Op
     from .pool import StatePool as StatePool
     from .registry import get_op as get_op
     from .registry import list_ops as list_ops
+    from .serving import ServingOp as ServingOp
     from .usage import freeze as freeze
     from .usage import used_configs as used_configs
 
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "ServingOp": "decode",
+    "ServingOp": "serving",
     "ElementwiseOp": "op",
     "Op": "op",
     "OpConfig": "config",

@@ -11,6 +11,7 @@ import torch
 from .arch import display_arch
 from .config import OpConfig, default_state_dtype
 from .errors import ArgumentError
+from .indices import check_bounds
 from .launch import TORCH_DTYPES, on_device_of
 from .spec import EntrySpec, OpSpec, TensorSpec
 
@@ -210,44 +211,6 @@ def _check_shape(
             )
 
 
-def check_slots(name: str, indices: torch.Tensor | None, slots: int) -> None:
-    """Raise ArgumentError unless `indices` are slots of a pool of `slots`, each once, or -1. Waits
-    for the device."""
-    if indices is None:
-        return
-    values = indices.tolist()
-    seen: set[int] = set()
-    for row, slot in enumerate(values):
-        if not -1 <= slot < slots:
-            raise ArgumentError(
-                f"{name}: state_indices[{row}] is {slot}, but state has {slots} slots; choose from "
-                f"0 to {slots - 1}, or -1 to skip the row"
-            )
-        if slot in seen:
-            raise ArgumentError(
-                f"{name}: state_indices has slot {slot} twice, in rows {values.index(slot)} and "
-                f"{row}; a slot serves one row of a call"
-            )
-        if slot >= 0:
-            seen.add(slot)
-
-
-def check_bounds(
-    name: str, bounds: torch.Tensor | None, length: int, *, may_end_before: bool
-) -> None:
-    """Raise ArgumentError unless `bounds` rise from 0 to `length`, or to at most that. Waits for
-    the device."""
-    if bounds is None:
-        return
-    values = bounds.tolist()
-    end_is_right = values[-1] <= length if may_end_before else values[-1] == length
-    if values[0] != 0 or not end_is_right or values != sorted(values):
-        raise ArgumentError(
-            f"{name}: cu_seqlens={_shorten(values)} must rise from 0 to "
-            f"{'at most ' if may_end_before else ''}T={length}"
-        )
-
-
 def _check_bounds(spec: OpSpec, bounds: torch.Tensor, first: torch.Tensor | None) -> None:
     assert first is not None, "a required input"
     if bounds.dim() != 1 or bounds.shape[0] < 1:
@@ -263,10 +226,6 @@ def _check_bounds(spec: OpSpec, bounds: torch.Tensor, first: torch.Tensor | None
     # On a GPU the values are not looked at, which would wait for the device; kernels clamp them.
     if bounds.device.type == "cpu" and not torch.compiler.is_compiling():
         check_bounds(spec.name, bounds, first.shape[1], may_end_before=spec.is_serving)
-
-
-def _shorten(values: list[int]) -> str:
-    return str(values) if len(values) <= 8 else f"[{values[0]}, {values[1]}, ..., {values[-1]}]"
 
 
 def _short(dtype: torch.dtype) -> str:

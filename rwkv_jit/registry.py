@@ -10,12 +10,12 @@ import torch
 
 from .arch import cuda_arch_of_capability, host_cpu_arch, parse_arch
 from .config import DEFAULT_CHUNK_LENGTH, OpConfig, default_state_dtype, is_bounded, not_a_size
-from .decode import ServingOp
 from .errors import ConfigError
 from .launch import dtype_name
 from .loader import KERNELS
 from .op import ElementwiseOp, Op
 from .ops import SPECS, get_spec
+from .serving import ServingOp
 
 BUILD_POLICIES = ("auto", "never", "always")
 _MAKING = threading.Lock()

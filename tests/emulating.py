@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import hashlib
-import os
 import random
 import re
 import subprocess
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from rwkv_jit import arguments, decode, op, registry
+from rwkv_jit import arguments, op, registry, serving
 from rwkv_jit.arch import is_cuda
 from rwkv_jit.config import OpConfig
 from rwkv_jit.launch import Kernel, load_kernel
@@ -114,7 +113,7 @@ def _made(folder: Path, text: str, suffix: str, flags: Sequence[str]) -> Path:
             command = ["g++", *flags, *inputs, "-o", output]
             result = subprocess.run(command, capture_output=True, text=True, check=False)
             assert result.returncode == 0, result.stderr[-4000:]
-            os.replace(output, made)
+            output.replace(made)
     return made
 
 
@@ -136,7 +135,7 @@ class EmulatedKernel(Kernel):
         for name, tensor in tensors.items():
             if tensor is not None:
                 self._allow(tensor.data_ptr(), tensor.nbytes, name not in inputs)
-        super(EmulatedKernel, self).launch(tensors, sizes, device)
+        super().launch(tensors, sizes, device)
 
     def call(self, values: Sequence[float], gpu: int) -> None:
         """As a kernel does; where it was not launched with tensors, it may touch everything."""
@@ -144,7 +143,7 @@ class EmulatedKernel(Kernel):
             self._begin()
             self._allow(0, _EVERYTHING, True)
         try:
-            super(EmulatedKernel, self).call(values, gpu)
+            super().call(values, gpu)
         finally:
             self.library.emulator_end()
 
@@ -195,6 +194,7 @@ def emulate_gpu(folder: Path, *, checked: bool) -> None:
         return ARCH if str(device).startswith("cuda") else host_arch(device, current_gpu)
 
     registry._device_arch = device_arch
+    torch.cuda.is_current_stream_capturing = lambda: False
     arguments.on_device_of = lambda _config, _tensor: True
-    op.is_cuda = decode.is_cuda = lambda _arch: False
+    op.is_cuda = serving.is_cuda = lambda _arch: False
     _OnCpu().__enter__()

@@ -8,7 +8,7 @@ import pytest
 
 from running import run_json
 from rwkv_jit.arch import host_cpu_arch
-from rwkv_jit.cli.warming import plan_from
+from rwkv_jit.cli.planning import plan_from
 from rwkv_jit.config import OpConfig
 from rwkv_jit.errors import ConfigError
 from rwkv_jit.kernel_list import read_kernels, write_kernels

@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 
 from kernel_sources import CUDA_SLUG, kernel_source
-from rwkv_jit import toolchain
+from rwkv_jit import compilers
 from rwkv_jit.build import obtain
+from rwkv_jit.compilers import is_toolkit, torch_cuda_version
 from rwkv_jit.errors import ToolchainError
 from rwkv_jit.settings import Settings
-from rwkv_jit.toolchain import find_toolchain, is_toolkit, torch_cuda_version
+from rwkv_jit.toolchain import find_toolchain
 
 HAS_NVCC = shutil.which("nvcc") is not None
 X86 = platform.machine() == "x86_64"
@@ -49,9 +50,9 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "path"
     path.mkdir()
     monkeypatch.setenv("PATH", str(path))
-    monkeypatch.setattr(toolchain, "_DEFAULT_CUDA_HOME", tmp_path / "none")
-    monkeypatch.setattr(toolchain, "_pip_homes", list)
-    monkeypatch.setattr(toolchain, "torch_cuda_version", lambda: None)
+    monkeypatch.setattr(compilers, "_DEFAULT_CUDA_HOME", tmp_path / "none")
+    monkeypatch.setattr(compilers, "_pip_homes", list)
+    monkeypatch.setattr(compilers, "torch_cuda_version", lambda: None)
     return path
 
 
@@ -127,7 +128,7 @@ def test_nvcc_of_another_major_than_torch_is_an_error(
 ) -> None:
     fake_host(alone)
     root = fake_toolkit(tmp_path / "cuda", "12.8")
-    monkeypatch.setattr(toolchain, "torch_cuda_version", lambda: "13.0")
+    monkeypatch.setattr(compilers, "torch_cuda_version", lambda: "13.0")
     with pytest.raises(ToolchainError, match=r"is of CUDA 12\.8, but torch was built with CUDA 13"):
         find_toolchain("sm90a", Settings(cuda_home=root))
 
@@ -137,9 +138,9 @@ def test_toolkit_that_fits_torch_is_preferred_to_an_earlier_one(
 ) -> None:
     fake_host(alone)
     older, fitting = fake_toolkit(tmp_path / "old", "12.8"), fake_toolkit(tmp_path / "new", "13.0")
-    monkeypatch.setattr(toolchain, "_DEFAULT_CUDA_HOME", older)
-    monkeypatch.setattr(toolchain, "_pip_homes", lambda: [fitting])
-    monkeypatch.setattr(toolchain, "torch_cuda_version", lambda: "13.0")
+    monkeypatch.setattr(compilers, "_DEFAULT_CUDA_HOME", older)
+    monkeypatch.setattr(compilers, "_pip_homes", lambda: [fitting])
+    monkeypatch.setattr(compilers, "torch_cuda_version", lambda: "13.0")
     assert find_toolchain("sm90a", Settings()).cuda_home == fitting
 
 
@@ -191,10 +192,11 @@ def test_torch_cuda_version_is_what_torch_says() -> None:
 
 def test_finding_compilers_does_not_import_torch() -> None:
     code = (
-        "import sys; from rwkv_jit.toolchain import torch_cuda_version; torch_cuda_version();"
+        "import sys; import rwkv_jit.toolchain;"
+        "from rwkv_jit.compilers import torch_cuda_version; torch_cuda_version();"
         "sys.exit('torch' in sys.modules)"
     )
-    root = Path(toolchain.__file__).parents[1]
+    root = Path(compilers.__file__).parents[1]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
 
 
@@ -215,7 +217,7 @@ def test_pip_packages_build_without_a_toolkit(
         if found is not None:
             (path / name).symlink_to(found)
     monkeypatch.setenv("PATH", str(path))
-    monkeypatch.setattr(toolchain, "_DEFAULT_CUDA_HOME", tmp_path / "none")
+    monkeypatch.setattr(compilers, "_DEFAULT_CUDA_HOME", tmp_path / "none")
     settings = Settings(cache_dir=tmp_path / "cache", log_level="quiet")
     found_toolchain = find_toolchain("sm90a", settings)
     assert found_toolchain.cuda_home in pip_packages()

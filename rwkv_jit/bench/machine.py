@@ -11,9 +11,10 @@ import torch
 
 from .. import __version__
 from ..arch import cuda_arch_of_capability, host_cpu_arch, is_cuda
+from ..compilers import NVIDIA_DRIVER, torch_cuda_version
 from ..errors import ToolchainError
 from ..settings import Settings
-from ..toolchain import NVIDIA_DRIVER, find_toolchain, torch_cuda_version
+from ..toolchain import find_toolchain
 
 
 def default_device() -> str:

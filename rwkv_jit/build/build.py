@@ -16,11 +16,12 @@ from pathlib import Path
 
 from ..arch import display_arch, is_cuda
 from ..cache import NO_SPACE, Cache, CacheEntry, cache_key, meaning_key
+from ..compilers import torch_cuda_major
 from ..config import DEFAULT_CHUNK_LENGTH, OpConfig, bounded_from, default_state_dtype
 from ..errors import CacheError, KernelMissingError, RwkvJitError, ToolchainError
 from ..render import RenderedSource
 from ..settings import Settings
-from ..toolchain import find_toolchain, torch_cuda_major
+from ..toolchain import find_toolchain
 from .attempt import LOCK_EXTRA_SECONDS, Attempt
 from .jobs import default_jobs
 

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 
 from ..arch import arch_number, binary_runs_on, display_arch, is_cuda
 from ..cache import CacheEntry, meaning_fields, meaning_key
+from ..compilers import torch_cuda_major
 from ..config import OpConfig
 from ..errors import BundleError, ConfigError
 from ..ops import get_spec
 from ..render import RenderedSource, argument_block, render
 from ..settings import Settings
 from ..spec import OpSpec
-from ..toolchain import torch_cuda_major
 from .index import BundleEntry
 from .places import bundles_in_force
 from .read import Bundle, check_entry

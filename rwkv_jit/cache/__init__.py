@@ -17,7 +17,8 @@ from .manifest import (
     hash_file,
     open_regular,
 )
-from .store import NO_SPACE, Cache
+from .roots import NO_SPACE
+from .store import Cache
 from .trust import check_trusted
 
 __all__ = [

@@ -15,6 +15,7 @@ from .bench_commands import bench
 from .bundle_commands import bundle_app
 from .cache_commands import cache_app
 from .run_command import PASSES_ARGUMENTS_ON, run_program
+from .warm_command import warm
 
 __all__ = ["app", "main"]
 
@@ -44,7 +45,7 @@ app = typer.Typer(
     "\n\nEvery command but run takes --json, and then prints JSON alone on standard output. Exit "
     "codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.",
 )
-app.command()(commands.warm)
+app.command()(warm)
 app.command("list")(commands.list_operators)
 app.command("render")(commands.render_source)
 app.command()(commands.show)

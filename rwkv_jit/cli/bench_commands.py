@@ -16,7 +16,7 @@ from ..errors import ConfigError
 from ..ops import SPECS, get_spec
 from ..settings import current_settings
 from ..spec import OpSpec
-from .commands import JsonOption, LowerBoundOption, one_of, split_list
+from .options import JsonOption, LowerBoundOption, one_of, split_list
 
 if TYPE_CHECKING:
     from ..bench.contenders import Absentee, Contender
@@ -104,7 +104,7 @@ def bench(
     from ..bench.plot import check_plotting, write_plot  # noqa: PLC0415
     from ..bench.timing import copy_bandwidth  # noqa: PLC0415
     from .bench_tables import case_view, machine_text  # noqa: PLC0415
-    from .tables import print_json, print_view  # noqa: PLC0415
+    from .output import print_json, print_view  # noqa: PLC0415
 
     device = device or default_device()
     corner = (shapes[0] if shapes else default_corner(device)) if plot else None

@@ -10,7 +10,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from ..bench.measure import Pass, Result
-from .tables import make_table, show_bytes
+from .output import make_table, show_bytes
 
 _PASSES = {
     "forward": ("forward", "forward"),

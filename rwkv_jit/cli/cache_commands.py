@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ..settings import current_settings, parse_size
-from .commands import JsonOption
+from .options import JsonOption
 
 cache_app = typer.Typer(
     no_args_is_help=True, help="Look at the cache of kernels, check it, trim it or empty it."
@@ -25,7 +25,7 @@ DryRunOption = Annotated[
 def cache_path(as_json: JsonOption = False) -> None:
     """Print the folder of the cache."""
     from ..cache import Cache  # noqa: PLC0415
-    from .tables import print_json  # noqa: PLC0415
+    from .output import print_json  # noqa: PLC0415
 
     root = Cache.open(current_settings()).root
     if as_json:
@@ -39,7 +39,8 @@ def cache_ls(as_json: JsonOption = False) -> None:
     """List the kernels of the cache."""
     from ..cache import Cache  # noqa: PLC0415
     from .describe import entry_data  # noqa: PLC0415
-    from .tables import count_of, entries_table, print_json, print_view, show_bytes  # noqa: PLC0415
+    from .output import count_of, print_json, print_view, show_bytes  # noqa: PLC0415
+    from .tables import entries_table  # noqa: PLC0415
 
     cache = Cache.open(current_settings())
     entries = [entry_data(entry) for entry in cache.entries()]
@@ -60,7 +61,7 @@ def cache_info(dry_run: DryRunOption = False, as_json: JsonOption = False) -> No
     Changes nothing, with or without --dry-run.
     """
     from ..cache import Cache  # noqa: PLC0415
-    from .tables import count_of, print_json, show_bytes  # noqa: PLC0415
+    from .output import count_of, print_json, show_bytes  # noqa: PLC0415
 
     cache = Cache.open(current_settings())
     info = cache.info()
@@ -89,7 +90,7 @@ def cache_verify(dry_run: DryRunOption = False, as_json: JsonOption = False) -> 
     Exit code 1 if there was one. Nothing is loaded.
     """
     from ..cache import Cache  # noqa: PLC0415
-    from .tables import count_of, print_json  # noqa: PLC0415
+    from .output import count_of, print_json  # noqa: PLC0415
 
     cache = Cache.open(current_settings())
     number = len(cache.entries())
@@ -146,7 +147,7 @@ def cache_clear(
     removed can be built again.
     """
     from ..cache import Cache  # noqa: PLC0415
-    from .tables import count_of, show_bytes  # noqa: PLC0415
+    from .output import count_of, show_bytes  # noqa: PLC0415
 
     cache = Cache.open(current_settings())
     found = cache.clear(dry_run=True)
@@ -161,7 +162,7 @@ def cache_clear(
 def _report(
     removed: Sequence[tuple[Path, int]], root: Path, *, dry_run: bool, as_json: bool
 ) -> None:
-    from .tables import count_of, print_json, show_bytes  # noqa: PLC0415
+    from .output import count_of, print_json, show_bytes  # noqa: PLC0415
 
     if as_json:
         items = [{"path": str(path), "bytes": size} for path, size in removed]

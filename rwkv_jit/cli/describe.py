@@ -1,4 +1,4 @@
-"""What there is to say about operators and cache entries, as plain data."""
+"""What there is to say about operators, cache entries and bundles, as plain data."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from ..arch import CPU_ARCHES, display_arch, is_cuda
 from ..build import warm_command
+from ..bundle import Bundle
 from ..cache import CacheEntry, folder_bytes
 from ..config import DTYPES, STATE_LAYOUTS, OpConfig
 from ..errors import CacheError, ConfigError
@@ -117,6 +118,34 @@ def kernel_name(mangled: str) -> str:
         if not nested:
             break
     return name
+
+
+def bundle_data(bundle: Bundle) -> dict[str, Any]:
+    """A bundle as its index has it."""
+    return {
+        "path": str(bundle.root),
+        "digest": bundle.index.digest,
+        "made_by": bundle.index.made_by,
+        "kernels": len(bundle.index.entries),
+        "signed": (bundle.root / "bundle.sig").is_file(),
+    }
+
+
+def bundled_data(bundle: Bundle) -> list[dict[str, Any]]:
+    """The kernels of a bundle as its index has them."""
+    return [
+        {
+            "kernel": entry.identity,
+            "arch": entry.arch,
+            "cuda_major": entry.cuda_major,
+            "platform": entry.fields.get("platform", ""),
+            "bytes": sum(record.size for record in entry.files.values()),
+            "digest": entry.digest,
+            "fields": dict(entry.fields),
+            "files": {name: record.sha256 for name, record in entry.files.items()},
+        }
+        for entry in bundle.index.entries
+    ]
 
 
 def _choices(spec: OpSpec, arch: str) -> dict[str, Any]:

@@ -6,38 +6,24 @@ import importlib
 import os
 import platform
 import shutil
-import subprocess
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from dataclasses import fields
 
 from .. import __version__
-from ..arch import MIN_CUDA_ARCH, display_arch, host_cpu_arch
+from ..arch import MIN_CUDA_ARCH, host_cpu_arch
 from ..build import default_jobs, free_bytes
 from ..cache import LAYOUT, Cache, check_trusted, folder_bytes
-from ..errors import ConfigError, RwkvJitError, SettingsError, ToolchainError
+from ..compilers import NVIDIA_DRIVER, torch_cuda_version
+from ..errors import ConfigError, RwkvJitError, SettingsError
 from ..render import template_dir
 from ..settings import Settings, current_settings
-from ..toolchain import NVIDIA_DRIVER, Toolchain, find_toolchain, torch_cuda_version
+from .planning import gpu_archs
+from .toolchain_checks import Check, host_compiler_check, ninja_check, nvcc_check
 from .trial import run_trial
-from .warming import gpu_archs
 
 _LITTLE_DISK = 1 << 30
 _LITTLE_MEMORY = 2 << 30
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Check:
-    """One thing that was looked at.
-
-    status: "ok", "warning", or "error" where the device at hand cannot build or run.
-    fix: what would help; empty where nothing need be done.
-    """
-
-    name: str
-    status: str
-    value: str
-    fix: str = ""
 
 
 def examine(*, build: bool) -> Iterator[Check]:
@@ -53,9 +39,9 @@ def examine(*, build: bool) -> Iterator[Check]:
         archs, checks = _gpu_checks()
         yield from checks
     yield _cpu_check(needed=not archs)
-    yield _ninja_check(settings)
-    yield _host_compiler_check(settings)
-    yield _nvcc_check(settings, archs)
+    yield ninja_check(settings)
+    yield host_compiler_check(settings)
+    yield nvcc_check(settings, archs)
     yield _memory_check(settings)
     yield _cache_check(settings)
     if build and torch_check.status != "error":
@@ -154,66 +140,6 @@ def _cpu_check(*, needed: bool) -> Check:
     return Check(name="cpu", status="ok", value=value)
 
 
-def _ninja_check(settings: Settings) -> Check:
-    try:
-        ninja = importlib.import_module("ninja")
-    except ImportError:
-        found = shutil.which("ninja")
-    else:
-        found = shutil.which("ninja", path=ninja.BIN_DIR)
-    if found is None:
-        fix = "pip install ninja"
-        return Check(name="ninja", status=_blocks(settings), value="not found", fix=fix)
-    return Check(name="ninja", status="ok", value=found)
-
-
-def _host_compiler_check(settings: Settings) -> Check:
-    def describe(toolchain: Toolchain) -> str:
-        return f"{toolchain.host_identity} ({toolchain.host_compiler})"
-
-    return _compiler_check("host compiler", host_cpu_arch, settings, describe, _blocks(settings))
-
-
-def _nvcc_check(settings: Settings, archs: tuple[str, ...]) -> Check:
-    def describe(toolchain: Toolchain) -> str:
-        cuda = torch_cuda_version()
-        against = f"torch's is {cuda}" if cuda else "torch is a CPU build"
-        return f"CUDA {toolchain.cuda_major} of {toolchain.cuda_home}; {against}"
-
-    arch = archs[0] if archs else f"sm{MIN_CUDA_ARCH}"
-    if not archs:
-        check = _compiler_check("nvcc", lambda: arch, settings, describe, "ok")
-        if check.fix:
-            return Check(name="nvcc", status="ok", value="none; needed only to build for a GPU")
-        return check
-    check = _compiler_check("nvcc", lambda: arch, settings, describe, _blocks(settings))
-    if check.status == "ok" and not _nvcc_knows(arch, settings):
-        fix = f"this nvcc does not know {display_arch(arch)}: install a newer CUDA toolkit"
-        return Check(name="nvcc", status=_blocks(settings), value=check.value, fix=fix)
-    return check
-
-
-def _compiler_check(
-    name: str,
-    arch: Callable[[], str],
-    settings: Settings,
-    describe: Callable[[Toolchain], str],
-    trouble: str,
-) -> Check:
-    try:
-        return Check(name=name, status="ok", value=describe(find_toolchain(arch(), settings)))
-    except (ToolchainError, ConfigError) as error:
-        return Check(name=name, status=trouble, value="none that can be used", fix=str(error))
-
-
-def _nvcc_knows(arch: str, settings: Settings) -> bool:
-    nvcc = find_toolchain(arch, settings).compiler
-    done = subprocess.run(
-        [nvcc, "--list-gpu-code"], capture_output=True, text=True, check=False, timeout=60
-    )
-    return done.returncode != 0 or f"sm_{arch[2:].rstrip('af')}" in done.stdout.split()
-
-
 def _memory_check(settings: Settings) -> Check:
     free = free_bytes()
     jobs = default_jobs(settings.max_jobs)
@@ -267,8 +193,3 @@ def _trial_check(settings: Settings, archs: tuple[str, ...]) -> Check:
         return Check(name=name, status="ok", value=value)
     fix = "the kernel computes something else than its formula: please report this output"
     return Check(name=name, status="error", value=value, fix=fix)
-
-
-def _blocks(settings: Settings) -> str:
-    """What a missing compiler means: nothing can be built, which only some modes need."""
-    return "warning" if settings.mode in ("prebuilt", "reference") else "error"

@@ -19,6 +19,7 @@ from ..bundle import (
     places,
 )
 from ..cache import Cache, CacheEntry, cache_key, meaning_fields
+from ..compilers import torch_cuda_major
 from ..errors import (
     BundleError,
     KernelMissingError,
@@ -27,7 +28,7 @@ from ..errors import (
 )
 from ..render import RenderedSource
 from ..settings import Settings
-from ..toolchain import find_toolchain, torch_cuda_major
+from ..toolchain import find_toolchain
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from ..errors import RwkvJitError
 from ..ops import get_spec
 from ..render import render
 from ..settings import Settings
-from .warming import DEFAULT_HEAD_SIZE
+from .planning import DEFAULT_HEAD_SIZE
 
 _OP = "wkv7"
 

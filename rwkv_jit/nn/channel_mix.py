@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ArgumentError
+from .layer import Layer
 from .operators import Operators
-from .parameters import checkpoint_part, fill, fill_orthogonal, vectors
+from .parameters import fill, fill_orthogonal, vectors
 
 # Where token_shift_mix has what is made with x_k.
 _KEY = 2
 
 
-class ChannelMix7(nn.Module):
+class ChannelMix7(Layer):
     """RWKV-7's channel mixing: a squared ReLU over each token and the one before it.
 
     layer: its number, from 0.
@@ -28,6 +28,8 @@ class ChannelMix7(nn.Module):
     Parameters have the names, shapes and initial values of RWKV-LM's `ffn`.
     """
 
+    part = "ffn"
+
     def __init__(
         self,
         layer: int,
@@ -38,12 +40,7 @@ class ChannelMix7(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        if not 0 <= layer < layers:
-            raise ArgumentError(
-                f"ChannelMix7: layer={layer} must be at least 0 and below layers={layers}"
-            )
-        self.layer, self.layers = layer, layers
+        super().__init__(layer, layers)
         self._operators = Operators({"token_shift_mix": None, "relu_squared": None})
         hidden = 4 * width if hidden is None else hidden
         place: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -53,25 +50,9 @@ class ChannelMix7(nn.Module):
         self.reset_parameters()
 
     @classmethod
-    def from_checkpoint(
-        cls,
-        checkpoint: Mapping[str, Tensor],
-        layer: int,
-        layers: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> ChannelMix7:
-        """That of one layer of an RWKV-LM checkpoint.
-
-        checkpoint: tensors by name, `blocks.<layer>.ffn.<parameter>`.
-        device, dtype: to convert to; as they are if None.
-        """
-        part = checkpoint_part("ChannelMix7", checkpoint, f"blocks.{layer}.ffn.", device, dtype)
+    def _sized_as(cls, part: Mapping[str, Tensor], layer: int, layers: int) -> ChannelMix7:
         hidden, width = part["key.weight"].shape
-        module = cls(layer, layers, width, hidden, device="meta")
-        module.load_state_dict(part, assign=True)
-        return module
+        return cls(layer, layers, width, hidden, device="meta")
 
     def reset_parameters(self) -> None:
         """Set every parameter to RWKV-LM's initial values."""

@@ -1,13 +1,9 @@
-"""Parameters of the modules: made empty, filled as RWKV-LM begins, and taken from a checkpoint."""
+"""Parameters of the modules: made empty, and filled as RWKV-LM begins."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
-
-from ..errors import ArgumentError
 
 
 def vectors(
@@ -48,27 +44,3 @@ def fill_orthogonal(parameter: Tensor, gain: float) -> None:
     # The decomposition that makes them exists in float32.
     values = torch.empty(parameter.shape, device=parameter.device)
     parameter.copy_(nn.init.orthogonal_(values, gain))
-
-
-def checkpoint_part(
-    module: str,
-    checkpoint: Mapping[str, Tensor],
-    prefix: str,
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
-) -> dict[str, Tensor]:
-    """Copies of a checkpoint's tensors whose names begin with `prefix`, named without it.
-
-    module: who wants them, for the error. Raises ArgumentError if there are none.
-    """
-    part = {
-        name.removeprefix(prefix): tensor.to(device=device, dtype=dtype, copy=True)
-        for name, tensor in checkpoint.items()
-        if name.startswith(prefix)
-    }
-    if not part:
-        raise ArgumentError(
-            f"{module}: the checkpoint has no {prefix}*; pass one in RWKV-LM's format, and the "
-            "number of a layer that it has"
-        )
-    return part

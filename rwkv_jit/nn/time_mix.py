@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ArgumentError
+from .layer import Layer
 from .operators import Operators
-from .parameters import checkpoint_part, fill, fill_low_rank, fill_orthogonal, low_rank, vectors
+from .parameters import fill, fill_low_rank, fill_orthogonal, low_rank, vectors
 
 # Of the normalisation of each head's output: 1e-5 for what is divided by 8, as RWKV-LM has it.
 NORM_EPS = 64e-5
@@ -56,7 +57,7 @@ class Projected(NamedTuple):
     g: Tensor
 
 
-class TimeMix7(nn.Module):
+class TimeMix7(Layer):
     """RWKV-7's time mixing ("x070").
 
     layer: its number, from 0. The first has no v0, v1 and v2, and ignores those of a state dict.
@@ -70,6 +71,8 @@ class TimeMix7(nn.Module):
     for sizes that do not fit.
     """
 
+    part = "att"
+
     def __init__(
         self,
         layer: int,
@@ -81,16 +84,12 @@ class TimeMix7(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(layer, layers)
         if head_size < 1 or width < head_size or width % head_size:
             raise ArgumentError(
                 f"TimeMix7: width={width} must be a positive multiple of head_size={head_size}"
             )
-        if not 0 <= layer < layers:
-            raise ArgumentError(
-                f"TimeMix7: layer={layer} must be at least 0 and below layers={layers}"
-            )
-        self.layer, self.layers, self.head_size = layer, layers, head_size
+        self.head_size = head_size
         names = {"token_shift_mix": None, "a_gate": None, "kk_pre": head_size, "wkv7": head_size,
                  "readout": head_size}  # fmt: skip
         self._operators = Operators(names if layer == 0 else {**names, "vres_gate": None})
@@ -114,28 +113,12 @@ class TimeMix7(nn.Module):
         self.reset_parameters()
 
     @classmethod
-    def from_checkpoint(
-        cls,
-        checkpoint: Mapping[str, Tensor],
-        layer: int,
-        layers: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> TimeMix7:
-        """That of one layer of an RWKV-LM checkpoint, whatever its head size and ranks.
-
-        checkpoint: tensors by name, `blocks.<layer>.att.<parameter>`.
-        device, dtype: to convert to; as they are if None.
-        """
-        part = checkpoint_part("TimeMix7", checkpoint, f"blocks.{layer}.att.", device, dtype)
+    def _sized_as(cls, part: Mapping[str, Tensor], layer: int, layers: int) -> TimeMix7:
         _, head_size = part["r_k"].shape
         # The first layer's v1 has no use, and may be missing.
         ranks = Ranks(*(part.get(f"{x}1", part["w1"]).shape[1] for x in "wavg"))
         width = part["x_r"].numel()
-        module = cls(layer, layers, width, head_size, ranks=ranks, device="meta")
-        module.load_state_dict(part, assign=True)
-        return module
+        return cls(layer, layers, width, head_size, ranks=ranks, device="meta")
 
     def reset_parameters(self) -> None:
         """Set every parameter to RWKV-LM's initial values."""

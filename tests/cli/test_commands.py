@@ -18,9 +18,9 @@ from locking import lock_held_elsewhere
 from running import environment, program, run, run_json
 from rwkv_jit.arch import host_cpu_arch, parse_arch
 from rwkv_jit.cache import cache_key
-from rwkv_jit.cli import doctor, warming
-from rwkv_jit.cli.commands import one_of, split_list, whole_number
-from rwkv_jit.cli.doctor import Check
+from rwkv_jit.cli import doctor, planning
+from rwkv_jit.cli.options import one_of, split_list, whole_number
+from rwkv_jit.cli.toolchain_checks import Check
 from rwkv_jit.config import OpConfig
 from rwkv_jit.errors import ConfigError
 from rwkv_jit.ops import SPECS, get_spec
@@ -96,7 +96,7 @@ def test_an_interrupt_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(_choices: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(warming, "plan", interrupt)
+    monkeypatch.setattr(planning, "plan", interrupt)
     assert run(*SMALL, code=130).stderr == "interrupted\n"
 
 

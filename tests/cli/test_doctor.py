@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from rwkv_jit.cli import doctor
-from rwkv_jit.cli.doctor import Check, examine
+from rwkv_jit.cli.doctor import examine
+from rwkv_jit.cli.toolchain_checks import Check
 from rwkv_jit.cli.trial import Trial
 from rwkv_jit.errors import KernelBuildError
 from rwkv_jit.settings import current_settings

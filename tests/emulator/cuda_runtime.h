@@ -33,6 +33,10 @@ inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream
   return std::memset(to, value, bytes), cudaSuccess;
 }
 
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned columns, unsigned rows = 1, unsigned layers = 1) : x(columns), y(rows), z(layers) {}
+};
 struct alignas(8) float2 {
   float x, y;
 };
@@ -89,8 +93,7 @@ Value __shfl_sync(unsigned mask, Value value, int source, int width = 32) {
 template <typename Value>
 Value __shfl_xor_sync(unsigned mask, Value value, int lanes) {
   const int source = static_cast<int>(emulator::lane()) ^ lanes;
-  return emulator_cast<Value>(
-      emulator::shuffle(mask, emulator_cast<uint32_t>(value), source));
+  return emulator_cast<Value>(emulator::shuffle(mask, emulator_cast<uint32_t>(value), source));
 }
 template <typename Value>
 Value __shfl_down_sync(unsigned mask, Value value, int lanes) {
@@ -110,14 +113,15 @@ inline size_t __cvta_generic_to_shared(const void* pointer) {
 namespace emulator {
 
 struct Launch {
-  unsigned blocks, threads;
+  dim3 blocks;
+  unsigned threads;
   size_t shared_bytes;
   cudaStream_t stream;
 
   template <typename Kernel>
   void operator()(Kernel kernel) const {
     const auto call = [](void* self) { (*static_cast<Kernel*>(self))(); };
-    run(blocks, threads, shared_bytes, call, &kernel, sizeof kernel);
+    run({blocks.x, blocks.y, blocks.z}, threads, shared_bytes, call, &kernel, sizeof kernel);
   }
 };
 

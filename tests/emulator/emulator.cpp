@@ -121,7 +121,7 @@ std::vector<std::vector<Meeting>> meetings;  // of each warp
 Barrier barriers[BARRIERS];
 std::vector<char> shared;
 char* stacks;
-unsigned current;
+unsigned current, block;
 void (*thread_body)(void*);
 void* thread_closure;
 size_t closure_size;
@@ -135,7 +135,7 @@ std::unordered_map<uintptr_t, Cell> cells;
 }
 
 std::string name_of(unsigned thread) {
-  return "block " + std::to_string(blockIdx.x) + ", thread " + std::to_string(thread);
+  return "block " + std::to_string(block) + ", thread " + std::to_string(thread);
 }
 
 // Where in the library the access under check is.
@@ -221,7 +221,7 @@ void run_thread(unsigned thread) {
 }
 
 std::string standstill() {
-  std::string message = "block " + std::to_string(blockIdx.x) + " stands still:";
+  std::string message = "block " + std::to_string(block) + " stands still:";
   for (unsigned first = 0; first < threads.size(); first += 32) {
     const Thread& lane = threads[first];
     message += " warp " + std::to_string(first / 32) +
@@ -289,7 +289,7 @@ bool is_common(uintptr_t begin, uintptr_t end, bool write) {
 
 void check_cell(uintptr_t address, bool write) {
   Cell& cell = cells[address];
-  if (cell.block != blockIdx.x) {
+  if (cell.block != block) {
     // Blocks have no order: what another has written is nobody else's to touch.
     if (cell.block != ~0u && (cell.write.thread >= 0 || (write && !cell.reads.empty())) &&
         !lies_in(address, address, shared.data(), shared.size()) &&
@@ -297,10 +297,12 @@ void check_cell(uintptr_t address, bool write) {
       fail("touches a tensor's element that block " + std::to_string(cell.block) +
            (cell.write.thread >= 0 ? " has written" : " has read"));
     cell = {};
-    cell.block = blockIdx.x;
+    cell.block = block;
   }
   const Clock& clock = threads[current].clock;
-  const auto comes_before = [&](const Access& access) { return access.time <= clock[access.thread]; };
+  const auto comes_before = [&](const Access& access) {
+    return access.time <= clock[access.thread];
+  };
   const auto where = [&] {
     const auto base = reinterpret_cast<uintptr_t>(shared.data());
     return address >= base && address < base + shared.size()
@@ -330,8 +332,7 @@ void check_cell(uintptr_t address, bool write) {
 
 constexpr uintptr_t CELL_BYTES = 2;
 
-void check(const void* memory, size_t bytes, bool write, bool aligned,
-           const void* by = nullptr) {
+void check(const void* memory, size_t bytes, bool write, bool aligned, const void* by = nullptr) {
   if (thread_body == nullptr) return;
   accessed_by = by;
   const auto begin = reinterpret_cast<uintptr_t>(memory), end = begin + bytes;
@@ -356,7 +357,7 @@ float value_of(uint32_t pair, int upper, bool is_half) {
 
 }  // namespace
 
-int run(unsigned blocks, unsigned count, size_t shared_bytes, void (*body)(void*), void* closure,
+int run(Index blocks, unsigned count, size_t shared_bytes, void (*body)(void*), void* closure,
         size_t closure_bytes) {
   if (!failure.empty()) return 1;
   failure.clear();
@@ -371,11 +372,12 @@ int run(unsigned blocks, unsigned count, size_t shared_bytes, void (*body)(void*
   thread_closure = closure;
   closure_size = closure_bytes;
   cells.clear();
-  std::vector<unsigned> queue(blocks);
-  for (unsigned block = 0; block < blocks; ++block) queue[block] = block;
+  std::vector<unsigned> queue(blocks.x * blocks.y * blocks.z);
+  for (size_t at = 0; at < queue.size(); ++at) queue[at] = at;
   std::shuffle(queue.begin(), queue.end(), order);
-  for (const unsigned block : queue) {
-    blockIdx = {block, 0, 0};
+  for (const unsigned at : queue) {
+    block = at;
+    blockIdx = {at % blocks.x, at / blocks.x % blocks.y, at / blocks.x / blocks.y};
     run_block();
     if (!failure.empty()) break;
   }
@@ -428,8 +430,7 @@ void arrive(int index, int count) {
 }
 
 void sync_warp(uint32_t mask) {
-  meet(mask, "__syncwarp",
-       [](const std::vector<unsigned>& lanes) { synchronise(lanes, lanes); });
+  meet(mask, "__syncwarp", [](const std::vector<unsigned>& lanes) { synchronise(lanes, lanes); });
 }
 
 uint32_t shuffle(uint32_t mask, uint32_t value, int source) {
@@ -484,7 +485,8 @@ void mma(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bool i
         float own_sum;
         std::memcpy(&own_sum, &threads[thread].words[6 + at], sizeof own_sum);
         double total = own_sum;
-        for (int k = 0; k < 16; ++k) total += static_cast<double>(first[row][k]) * second[k][column];
+        for (int k = 0; k < 16; ++k)
+          total += static_cast<double>(first[row][k]) * second[k][column];
         threads[thread].result[at] = emulator_cast<uint32_t>(static_cast<float>(total));
       }
     }
@@ -555,9 +557,7 @@ void wait_for_copies() {
 }
 
 float from_half(uint16_t bits) { return static_cast<float>(emulator_cast<_Float16>(bits)); }
-uint16_t to_half(float value) {
-  return emulator_cast<uint16_t>(static_cast<_Float16>(value));
-}
+uint16_t to_half(float value) { return emulator_cast<uint16_t>(static_cast<_Float16>(value)); }
 uint16_t to_bfloat16(float value) {
   const auto bits = emulator_cast<uint32_t>(value);
   if (value != value) return 0x7fff;
@@ -590,13 +590,13 @@ __attribute__((visibility("default"))) void emulator_allow(void* memory, size_t 
 }
 
 #ifdef CHECKED
-#define ACCESS(name, bytes, writes, aligned)                                     \
-  void __tsan_##name(void* at) {                                                 \
-    emulator::check(at, bytes, writes, aligned, __builtin_return_address(0));    \
+#define ACCESS(name, bytes, writes, aligned)                                  \
+  void __tsan_##name(void* at) {                                              \
+    emulator::check(at, bytes, writes, aligned, __builtin_return_address(0)); \
   }
-#define ACCESSES(bytes)                            \
-  ACCESS(read##bytes, bytes, false, true)          \
-  ACCESS(write##bytes, bytes, true, true)          \
+#define ACCESSES(bytes)                              \
+  ACCESS(read##bytes, bytes, false, true)            \
+  ACCESS(write##bytes, bytes, true, true)            \
   ACCESS(unaligned_read##bytes, bytes, false, false) \
   ACCESS(unaligned_write##bytes, bytes, true, false)
 ACCESSES(1)

@@ -11,7 +11,7 @@ struct Index {
 };
 
 // Runs body(closure) for each thread; 0 or an error. The closure is memory that threads may read.
-int run(unsigned blocks, unsigned threads, size_t shared_bytes, void (*body)(void*), void* closure,
+int run(Index blocks, unsigned threads, size_t shared_bytes, void (*body)(void*), void* closure,
         size_t closure_bytes);
 
 void* shared_memory();

@@ -13,36 +13,36 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from comparing import (
     DECODE_OPS,
     TOLERANCES,
-    of_each_token,
     relative_rms,
     run_step,
 )
-from rwkv_jit import ServingOp, decode
-from rwkv_jit.decode_launch import launcher, registered
+from rwkv_jit import ServingOp, serving
 from rwkv_jit.errors import ArgumentError, ConfigError
 from rwkv_jit.ops import SPECS
-from rwkv_jit.reference import REFERENCES
-from rwkv_jit.settings import Settings
-from serving import Tokens, draw, for_each_state, indices, on_each_device, op_for
+from rwkv_jit.serving_launch import launcher, registered
+from serving import (
+    Tokens,
+    draw,
+    for_each_decay,
+    for_each_empty_shape,
+    for_each_size,
+    for_each_state,
+    in_reference_mode,
+    indices,
+    on_each_device,
+    op_for,
+    right_results,
+    some,
+)
 
 for_each_op = pytest.mark.parametrize("name", DECODE_OPS)
-
-
-def some(tokens: Tokens, rows: slice, times: slice) -> Tokens:
-    return [x[rows, times] if of_each_token(x) else x for x in tokens]
 
 
 def assert_right(
     op: ServingOp, tokens: Tokens, state: torch.Tensor, slots: torch.Tensor | None
 ) -> None:
     """y and the pool against the float64 recurrence."""
-    *results, pool = REFERENCES[op.config.op](
-        *(x.double().cpu() for x in tokens),
-        state.double().cpu(),
-        None if slots is None else slots.cpu(),
-        decay=op.config.decay,
-        state_layout=op.config.state_layout,
-    )
+    *results, pool = right_results(op, tokens, state, slots)
     given = run_step(op, *tokens, state, slots)
     rounded = TOLERANCES[op.config.state_dtype][0]
     # A state of 16 bits is rounded after each token, and y is made of it.
@@ -56,15 +56,10 @@ SIZES = [
     ("fp32", 16), ("fp32", 32), ("fp32", 64), ("fp32", 128), ("fp32", 256),
     ("bf16", 64), ("bf16", 128), ("fp16", 32),
 ]  # fmt: skip
-# wkv5_decode has the templates of wkv6_decode.
-FEWER_SIZES = [("fp32", 32), ("bf16", 64)]
 
 
 @on_each_device
-@pytest.mark.parametrize(
-    ("name", "dtype", "size"),
-    [(name, *row) for name in DECODE_OPS for row in (FEWER_SIZES if "5" in name else SIZES)],
-)
+@for_each_size(DECODE_OPS, SIZES)
 def test_results_and_states_match_the_reference(
     device: str, name: str, dtype: str, size: int
 ) -> None:
@@ -98,9 +93,7 @@ def test_state_layouts_and_dtypes(device: str, name: str, state_dtype: str, layo
 
 
 @on_each_device
-@pytest.mark.parametrize(
-    ("name", "decay"), [(name, decay) for name in DECODE_OPS for decay in SPECS[name].decays]
-)
+@for_each_decay(DECODE_OPS)
 def test_every_decay_and_w_in_float32(device: str, name: str, decay: str) -> None:
     op = op_for(name, device, "bf16", decay=decay)
     tokens, state = draw(op, device, 2, 2, 2, slots=2)
@@ -119,8 +112,7 @@ def test_tokens_at_once_and_one_by_one_give_the_same_bits(
     tokens, state = draw(op, device, 3, 11, 2, slots=3)
     other = state.clone()
     together = run_step(op, *tokens, state)
-    everyone = slice(None)
-    alone = [run_step(op, *some(tokens, everyone, slice(t, t + 1)), other) for t in range(11)]
+    alone = [run_step(op, *some(tokens, slice(t, t + 1)), other) for t in range(11)]
     assert torch.equal(torch.cat(alone, 1), together)
     assert torch.equal(other, state)
 
@@ -135,7 +127,7 @@ def test_a_row_does_not_depend_on_the_others_nor_on_their_number(
     tokens, state = draw(op, device, 300, 2, 3, slots=300)
     alone = state[7:8].clone()
     together = run_step(op, *tokens, state)
-    one = run_step(op, *some(tokens, slice(7, 8), slice(None)), alone)
+    one = run_step(op, *some(tokens, slice(None), slice(7, 8)), alone)
     assert torch.equal(one, together[7:8])
     assert torch.equal(alone, state[7:8])
 
@@ -151,7 +143,7 @@ def test_a_skipped_row_gives_zeros_and_leaves_every_state_as_it_is(device: str, 
     assert y[[1, 3]].any()
     assert torch.equal(state[1:5], before[1:5])
     expected = before[[5, 0]].contiguous()
-    run_step(op, *(x[[1, 3]] if of_each_token(x) else x for x in tokens), expected)
+    run_step(op, *some(tokens, slice(None), [1, 3]), expected)
     assert torch.equal(state[[5, 0]], expected)
 
 
@@ -284,7 +276,7 @@ def test_one_decay_of_all_channels_may_be_given_without_them(device: str) -> Non
 
 @on_each_device
 @for_each_op
-@pytest.mark.parametrize("shape", [(0, 1, 2), (2, 0, 2), (2, 1, 0)])
+@for_each_empty_shape
 def test_empty_dimensions_give_empty_results(
     device: str, name: str, shape: tuple[int, int, int]
 ) -> None:
@@ -400,8 +392,8 @@ def test_an_eager_call_of_known_sizes_does_not_go_through_the_dispatcher(
 def test_what_a_short_way_must_not_miss(monkeypatch: pytest.MonkeyPatch) -> None:
     """With torch's guards, and without them."""
     config = op_for("wkv7_decode", "cpu").config
-    for guards in (decode._GUARDS, None):
-        monkeypatch.setattr(decode, "_GUARDS", guards)
+    for guards in (serving._GUARDS, None):
+        monkeypatch.setattr(serving, "_GUARDS", guards)
         op = ServingOp(config)
         tokens, state = draw(op, "cpu", 2, 1, 2, slots=2)
         tokens[0].requires_grad_()
@@ -462,9 +454,7 @@ def test_the_reference_mode_advances_the_same_states(
     op = op_for(name, "cpu")
     tokens, state = draw(op, "cpu", 3, 2, 2, slots=4)
     other, slots = state.clone(), indices([3, -1, 0], "cpu")
-    monkeypatch.setattr("rwkv_jit.decode.current_settings", lambda: Settings(mode="reference"))
-    monkeypatch.setattr("rwkv_jit.decode.launcher", lambda _slug: None)
-    slow = ServingOp(op.config)
+    slow = in_reference_mode(op, monkeypatch)
     for _ in range(2):
         assert (
             relative_rms(run_step(slow, *tokens, other, slots), run_step(op, *tokens, state, slots))

@@ -9,13 +9,22 @@ import torch
 
 from comparing import PREFILL_OPS, TOLERANCES, relative_rms
 from rwkv_jit import Op, ServingOp, get_op
-from rwkv_jit.decode_launch import launcher, registered
 from rwkv_jit.errors import ArgumentError, ConfigError
 from rwkv_jit.launch import TORCH_DTYPES
-from rwkv_jit.ops import SPECS
-from rwkv_jit.reference import REFERENCES
-from rwkv_jit.settings import Settings
-from serving import Tokens, draw, indices, on_each_device, op_for
+from rwkv_jit.serving_launch import launcher, registered
+from serving import (
+    Tokens,
+    draw,
+    for_each_decay,
+    for_each_empty_shape,
+    for_each_size,
+    in_reference_mode,
+    indices,
+    on_each_device,
+    op_for,
+    right_results,
+    some,
+)
 
 for_each_op = pytest.mark.parametrize("name", PREFILL_OPS)
 # On a GPU those of tensor cores and those that go token by token.
@@ -68,15 +77,7 @@ def assert_right(
     slots: torch.Tensor | None = None,
 ) -> None:
     """y and the pool against the float64 recurrence."""
-    y, pool = REFERENCES[op.config.op](
-        *(x.double().cpu() for x in tokens),
-        state.double().cpu(),
-        None if bounds is None else bounds.cpu(),
-        None if slots is None else slots.cpu(),
-        decay=op.config.decay,
-        state_layout=op.config.state_layout,
-    )
-    assert pool is not None
+    y, pool = right_results(op, tokens, state, bounds, slots)
     given = op(*tokens, state, bounds, slots)
     limit = TOLERANCES[op.config.dtype][0]
     assert relative_rms(given, y) < limit
@@ -84,15 +85,10 @@ def assert_right(
 
 
 SIZES = [("fp32", 32), ("fp32", 256), ("bf16", 64), ("bf16", 128), ("fp16", 16)]
-# wkv5_prefill has the templates of wkv6_prefill.
-FEWER_SIZES = [("fp32", 32), ("bf16", 64)]
 
 
 @on_each_device
-@pytest.mark.parametrize(
-    ("name", "dtype", "size"),
-    [(name, *row) for name in PREFILL_OPS for row in (FEWER_SIZES if "5" in name else SIZES)],
-)
+@for_each_size(PREFILL_OPS, SIZES)
 def test_results_and_states_match_the_reference(
     device: str, name: str, dtype: str, size: int
 ) -> None:
@@ -125,9 +121,7 @@ def test_prefill_gives_the_bits_of_the_forward(
 
 
 @on_each_device
-@pytest.mark.parametrize(
-    ("name", "decay"), [(name, decay) for name in PREFILL_OPS for decay in SPECS[name].decays]
-)
+@for_each_decay(PREFILL_OPS)
 def test_every_decay_and_w_in_float32(device: str, name: str, decay: str) -> None:
     op = op_for(name, device, "bf16", 64, decay=decay)
     tokens, *rest = packed_call(op, device, [20, 50])
@@ -153,7 +147,7 @@ def test_a_sequence_does_not_depend_on_the_others_nor_on_their_number(
     y, _ = forward_of(op, device)(*tokens, initial_state=before[slots.long()], cu_seqlens=bounds)
     assert torch.equal(together, y)
     alone = before[slots[7].item()][None]
-    one = op(*(x[:, begin : begin + 77] if x.dim() == 4 else x for x in tokens), alone)
+    one = op(*some(tokens, slice(begin, begin + 77)), alone)
     assert torch.equal(one, together[:, begin : begin + 77])
     assert torch.equal(alone[0], state[slots[7].item()])
 
@@ -182,7 +176,7 @@ def test_tokens_behind_the_last_bound_give_zeros_whatever_they_hold(
     op = op_for(name, device, dtype, size)
     tokens, state, bounds, slots = packed_call(op, device, [17, 40], beyond=500)
     other = state.clone()
-    plain = op(*(x[:, :57] if x.dim() == 4 else x for x in tokens), other, bounds, slots)
+    plain = op(*some(tokens, slice(57)), other, bounds, slots)
     for x in tokens:
         if x.dim() == 4:
             x[:, 57:] = torch.nan
@@ -218,7 +212,7 @@ def test_a_prompt_may_come_in_parts(device: str, name: str, dtype: str, size: in
     other = state.clone()
     whole = op(*tokens, state)
     cuts = [(0, 48), (48, 64), (64, 150)]
-    parts = [op(*(x[:, a:b] if x.dim() == 4 else x for x in tokens), other) for a, b in cuts]
+    parts = [op(*some(tokens, slice(a, b)), other) for a, b in cuts]
     if dtype == "bf16" and device == "cuda":
         assert torch.equal(torch.cat(parts, 1), whole)
         assert torch.equal(other, state)
@@ -235,8 +229,8 @@ def test_decode_goes_on_where_prefill_ended(device: str, name: str) -> None:
     tokens, state = draw(op, device, 2, 40, 2, slots=2)
     other = state.clone()
     whole = op(*tokens, state)
-    first = op(*(x[:, :35] if x.dim() == 4 else x for x in tokens), other)
-    last = decode(*(x[:, 35:] if x.dim() == 4 else x for x in tokens), other)
+    first = op(*some(tokens, slice(35)), other)
+    last = decode(*some(tokens, slice(35, None)), other)
     assert relative_rms(torch.cat([first, last], 1), whole) < 1e-5
     assert relative_rms(other, state) < 1e-5
 
@@ -339,7 +333,7 @@ def test_sixty_four_bit_bounds_strides_and_rectangles_give_the_same(device: str,
 
 @on_each_device
 @for_each_op
-@pytest.mark.parametrize("shape", [(0, 1, 2), (2, 0, 2), (2, 1, 0)])
+@for_each_empty_shape
 def test_empty_dimensions_give_empty_results(
     device: str, name: str, shape: tuple[int, int, int]
 ) -> None:
@@ -409,9 +403,7 @@ def test_the_reference_mode_advances_the_same_states(
     op = op_for(name, "cpu")
     tokens, state, bounds, _ = packed_call(op, "cpu", [3, 0, 6, 2], beyond=3, more=1)
     other, slots = state.clone(), indices([3, 4, -1, 0], "cpu")
-    monkeypatch.setattr("rwkv_jit.decode.current_settings", lambda: Settings(mode="reference"))
-    slow = ServingOp(op.config)
-    monkeypatch.setattr(slow, "_launcher", None)
+    slow = in_reference_mode(op, monkeypatch)
     for _ in range(2):
         given, right = slow(*tokens, other, bounds, slots), op(*tokens, state, bounds, slots)
         assert relative_rms(given, right) < 1e-5
@@ -446,7 +438,7 @@ def test_one_cuda_graph_serves_changing_batches(name: str, dtype: str, size: int
         assert not y[:, sum(lengths) :].any()
         for s, (begin, end) in enumerate(itertools.pairwise(ends.tolist())):
             alone = other[order[s]][None]
-            part = op(*(x[:, begin:end] if x.dim() == 4 else x for x in tokens), alone)
+            part = op(*some(tokens, slice(begin, end)), alone)
             assert torch.equal(part, y[:, begin:end])
             other[order[s]] = alone[0]
         assert torch.equal(other, state)

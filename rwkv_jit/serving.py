@@ -15,15 +15,16 @@ from typing import Any
 import torch
 
 from .arch import is_cuda
-from .arguments import bind, cast_for_autocast, check_arguments, check_slots, widen
+from .arguments import bind, cast_for_autocast, check_arguments, widen
 from .autograd import is_plain
 from .config import OpConfig, default_state_dtype
-from .decode_launch import launcher, registered, sequences_of
 from .errors import ArgumentError
+from .indices import check_slots
 from .launch import ALIGNMENT, TORCH_DTYPES, announce_reference
 from .loader import KERNELS
 from .ops import get_spec
 from .reference import REFERENCES
+from .serving_launch import launcher, registered, sequences_of
 from .settings import current_settings
 
 _MOST_SIGNATURES = 1024

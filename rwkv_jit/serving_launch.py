@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from .arch import is_cuda
-from .arguments import check_bounds, check_slots
 from .autograd import register
 from .config import OpConfig
 from .errors import ArgumentError
+from .indices import check_bounds, check_slots
 from .launch import ALIGNMENT, Kernel, current_stream, dtype_code, launchable
 from .loader import KERNELS
 from .ops import get_spec
