@@ -81,6 +81,7 @@ def get_op(
     state_dtype: torch.dtype | None = None,
     state_layout: str = "vk",
     checkpoint_dtype: torch.dtype | None = None,
+    precision: str = "float32",
     lower_bound: float | None = None,
     build: str = "auto",
 ) -> Op: ...
@@ -98,6 +99,7 @@ def get_op(
     state_dtype: torch.dtype | None = None,
     state_layout: str = "vk",
     checkpoint_dtype: torch.dtype | None = None,
+    precision: str = "float32",
     lower_bound: float | None = None,
     build: str = "auto",
 ) -> Op | ServingOp:
@@ -135,7 +137,7 @@ def get_op(
     """
     return _get_op(
         name, head_size, dtype, chunk_length, device, arch, decay, state_dtype, state_layout,
-        checkpoint_dtype, lower_bound, build, _current_gpu(),
+        checkpoint_dtype, precision, lower_bound, build, _current_gpu(),
     )  # fmt: skip
 
 
@@ -157,6 +159,7 @@ def _get_op(
     state_dtype: torch.dtype | None,
     state_layout: str,
     checkpoint_dtype: torch.dtype | None,
+    precision: str,
     lower_bound: float | None,
     build: str,
     current_gpu: int | None,
@@ -181,9 +184,10 @@ def _get_op(
         state_dtype=default_state_dtype(short) if state_dtype is None else dtype_name(state_dtype),
         state_layout=state_layout,
         checkpoint_dtype="accumulator" if kept in (None, default_state_dtype(short)) else kept,
+        precision=precision,
         bounded=is_bounded(name, short, lower_bound),
     )
-    config = spec.without_idle_bound(config)
+    config = spec.without_idle(config)
     spec.check(config)
     if build != "auto":
         KERNELS.set_policy(config.slug, build)

@@ -42,11 +42,13 @@ __device__ __forceinline__ void triangle_gradient(Shared& shared, int at, int wh
       load_transposed<PADDED>(&scanned.dx[16 * step][0], left);
     } else {
       load<ROW>(&shared.dy[at * TOKENS][16 * step], left);
+      left = rounded(left);
     }
     if (which == AB || which == QB) {
       load<PADDED>(&scanned.u[16 * step][0], right);
     } else {
       load_transposed<ROW>(&shared.v[at * TOKENS][16 * step], right);
+      right = rounded(right);
     }
     add_product(sum, left, right);
   }
@@ -66,7 +68,7 @@ __device__ __forceinline__ void load_keys(const Element* state, OperandA& keys) 
   } else {
     Columns<1> half;
     load<ROW>(state, half);
-    keys = {half.at[0], 0, half.at[1], 0};
+    keys = {half.at[0], {}, half.at[1], {}};
   }
 }
 
@@ -83,7 +85,7 @@ __device__ __forceinline__ void channel_gradients(const Arguments& args, const T
   const TokenSums sums;
   Accumulator log_d[TILES], bounded[TILES];
   loaded.log2_decays<DECAY, BOUNDED>(
-      args.w_dtype == FP32 ? static_cast<const float*>(args.w) + place : nullptr, stride, valid,
+      is_wide(args.w_dtype) ? static_cast<const float*>(args.w) + place : nullptr, stride, valid,
       log_d);
 #pragma unroll
   for (int x = 0; x < 4 * TILES; ++x) bounded[x / 4][x % 4] = log_d[x / 4][x % 4];
@@ -148,14 +150,15 @@ __device__ __forceinline__ void channel_gradients(const Arguments& args, const T
   // after it alone), from columns before it to the state after the chunk, and from state to state.
   Accumulator factors[TILES];
   {
-    Accumulator dr_state[TILES] = {}, da_state[TILES] = {}, r_terms[TILES] = {}, a_terms[TILES] = {};
+    Accumulator dr_state[TILES] = {}, da_state[TILES] = {}, r_terms[TILES] = {},
+                a_terms[TILES] = {};
 #pragma unroll 2
     for (int step = 0; step < STEPS; ++step) {
       OperandA left;
       Columns<TILES> right;
       load<ROW>(&shared.work.state[at][16 * step][key], right);
       load<ROW>(&shared.dy[at * TOKENS][16 * step], left);
-      add_product(dr_state, left, right);
+      add_product(dr_state, rounded(left), right);
       load_transposed<PADDED>(&scanned.dx[16 * step][0], left);
       add_product(da_state, left, right);
     }
@@ -179,7 +182,7 @@ __device__ __forceinline__ void channel_gradients(const Arguments& args, const T
       Columns<TILES> right;
       load<ROW>(&scanned.d[16 * step][key], right);
       load<ROW>(&shared.v[at * TOKENS][16 * step], left);
-      add_product(dk_state, left, right);
+      add_product(dk_state, rounded(left), right);
       load_transposed<PADDED>(&scanned.u[16 * step][0], left);
       add_product(db_state, left, right);
       load_keys(&shared.work.state[at][16 * step][key], left);
@@ -206,7 +209,7 @@ __device__ __forceinline__ void channel_gradients(const Arguments& args, const T
       dw[tile][x] = crossed * decay_slope<DECAY>(log_d[tile][x]);
     }
   }
-  if (args.dw_dtype == FP32) {
+  if (is_wide(args.dw_dtype)) {
     store_wide_pairs(dw, args.dw, place, stride, valid);
   } else {
     store_pairs(dw, args.dw, place, stride, valid);
@@ -223,12 +226,12 @@ __device__ __forceinline__ void prefetch_next(const Arguments& args, const Token
                                               int first, int64_t checkpoint) {
   prefetch_checkpoint(args, checkpoint);
   if (first < 0) return;
-  constexpr int LINES = N / 64;  // of a row
+  constexpr int LINE = 128 / sizeof(Element), LINES = N / LINE;  // of a row
   for (int at = threadIdx.x; at < SPAN * LINES; at += THREADS) {
-    const int64_t line = tokens.at(first + at / LINES) + at % LINES * 64;
+    const int64_t line = tokens.at(first + at / LINES) + at % LINES * LINE;
     for (const void* tensor : {args.r, args.k, args.v, args.a, args.b, args.dy})
       prefetch(static_cast<const Element*>(tensor) + line);
-    if (args.w_dtype == FP32) {
+    if (is_wide(args.w_dtype)) {
       prefetch(static_cast<const float*>(args.w) + line);
       prefetch(static_cast<const float*>(args.w) + line + 32);
     } else {

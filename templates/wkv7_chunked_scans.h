@@ -45,7 +45,7 @@ struct Shared {
 __device__ __forceinline__ Element* triangle_of(Chunk& chunk, int which) {
   return &chunk.k[0][0] + which * TOKENS * PADDED;
 }
-static_assert(sizeof(Chunk::k) + sizeof(Chunk::b) >= TRIANGLES * TOKENS * PADDED * 2,
+static_assert(sizeof(Chunk::k) + sizeof(Chunk::b) >= TRIANGLES * TOKENS * PADDED * sizeof(Element),
               "they fit over K'' and B^");
 
 // The state through one chunk.
@@ -55,6 +55,7 @@ __device__ __forceinline__ void scan_forward(Shared& shared, int at, State& stat
   OperandA values;
   OperandB right;
   load_transposed<ROW>(&shared.v[at * TOKENS][own_value()], values);
+  values = rounded(values);
 #pragma unroll
   for (int step = 0; step < STEPS; ++step) {
     load_transposed<ROW>(&chunk.w[0][16 * step], right);
@@ -77,8 +78,8 @@ __device__ __forceinline__ void store_u(Shared& shared, int at) {
     add_product(u, left, right);
   }
   load_transposed<ROW>(&shared.v[at * TOKENS][own_value()], left);
-  load<TOKENS>(chunk.solved[TOKENS], right);
-  add_product(u, left, right);
+  load<SOLVED>(chunk.solved[TOKENS], right);
+  add_product(u, rounded(left), right);
   store_tile<PADDED>(u[0], &to.u[own_value()][0]);
   store_tile<PADDED>(u[1], &to.u[own_value()][8]);
 }
@@ -92,6 +93,7 @@ __device__ __forceinline__ void scan_backward(const Arguments& args, const Token
   OperandA dy;
   OperandB right;
   load_transposed<ROW>(&shared.dy[at * TOKENS][own_value()], dy);
+  dy = rounded(dy);
 #pragma unroll
   for (int step = 0; step < STEPS; ++step) {
     const OperandA rows = to_operand(d[step]);
@@ -107,7 +109,7 @@ __device__ __forceinline__ void scan_backward(const Arguments& args, const Token
   step_state(d, chunk, dy, chunk.r, to_operand(e), chunk.w);
   load<PADDED>(&chunk.qb[0][0], right);
   add_product(e, dy, right);  // dU
-  load_transposed<TOKENS>(chunk.solved[0], right);
+  load_transposed<SOLVED>(chunk.solved[0], right);
   add_product(dx, to_operand(e), right);
   store_tile<PADDED>(dx[0], &to.dx[own_value()][0]);
   store_tile<PADDED>(dx[1], &to.dx[own_value()][8]);

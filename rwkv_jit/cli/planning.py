@@ -103,7 +103,7 @@ def plan_from(path: Path, archs: Sequence[str]) -> list[RenderedSource]:
     for config, entry in read_kernels(path):
         for arch in archs or (config.arch,):
             spec = get_spec(config.op)
-            there = spec.without_idle_bound(replace(config, arch=arch))
+            there = spec.without_idle(replace(config, arch=arch))
             source = render(spec, there, entry)
             found[source.identity] = source
     return list(found.values())
@@ -173,5 +173,5 @@ def _render_entries(
                 f"{spec.name}: entry={entry!r} does not exist; "
                 f"choose from {', '.join(spec.entries)}"
             )
-    config = spec.without_idle_bound(spec.narrowed(config))
+    config = spec.without_idle(spec.narrowed(config))
     return [render(spec, config, entry) for entry in entries or spec.entries]

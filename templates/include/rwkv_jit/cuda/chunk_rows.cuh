@@ -18,16 +18,16 @@ __device__ __forceinline__ void lower_triangle(Accumulator (&matrix)[2]) {
     }
 }
 
-// Writes an accumulator of 8 columns to rows of bf16, COLUMNS apart.
+// Writes an accumulator of 8 columns, rounded, to rows COLUMNS apart.
 template <int COLUMNS>
 __device__ __forceinline__ void store_tile(const Accumulator& tile, Element* to) {
   const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
-  *reinterpret_cast<uint32_t*>(to + g * COLUMNS + 2 * q) = pack(tile[0], tile[1]);
-  *reinterpret_cast<uint32_t*>(to + (g + 8) * COLUMNS + 2 * q) = pack(tile[2], tile[3]);
+  *reinterpret_cast<Packed*>(to + g * COLUMNS + 2 * q) = pack(tile[0], tile[1]);
+  *reinterpret_cast<Packed*>(to + (g + 8) * COLUMNS + 2 * q) = pack(tile[2], tile[3]);
 }
 
 // A pair of values times a factor each: a tile's factors of token g, or g + 8 if `row` is 1.
-__device__ __forceinline__ uint32_t scaled(uint32_t pair, const Accumulator& factors, int row) {
+__device__ __forceinline__ Packed scaled(Packed pair, const Accumulator& factors, int row) {
   return pack(low_of(pair) * factors[2 * row], high_of(pair) * factors[2 * row + 1]);
 }
 
@@ -57,7 +57,7 @@ __device__ __forceinline__ void store_rows(const OperandA& rows, Element* to) {
   const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
 #pragma unroll
   for (int at = 0; at < 4; ++at)
-    *reinterpret_cast<uint32_t*>(to + (g + at % 2 * 8) * ROW + at / 2 * 8 + 2 * q) = rows.at[at];
+    *reinterpret_cast<Packed*>(to + (g + at % 2 * 8) * ROW + at / 2 * 8 + 2 * q) = rows.at[at];
 }
 __device__ __forceinline__ void store_rows(const OperandB& rows, Element* to) {
   store_rows(to_first(rows), to);
@@ -113,8 +113,8 @@ __device__ __forceinline__ void store_pairs(const Accumulator (&values)[TILES], 
 #pragma unroll
   for (int part = 0; part < 2 * TILES; ++part)
     if (valid[part % 2])
-      *reinterpret_cast<uint32_t*>(first + part % 2 * 8 * token_stride + part / 2 * 8) =
-          pack(values[part / 2][part % 2 * 2], values[part / 2][part % 2 * 2 + 1]);
+      *reinterpret_cast<Packed*>(first + part % 2 * 8 * token_stride + part / 2 * 8) =
+          stored(values[part / 2][part % 2 * 2], values[part / 2][part % 2 * 2 + 1]);
 }
 template <int TILES>
 __device__ __forceinline__ void store_wide_pairs(const Accumulator (&values)[TILES], void* to,
