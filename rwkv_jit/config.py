@@ -110,6 +110,11 @@ class OpConfig:
         """Whether they are, be it declared or by what w means."""
         return self.bounded or self.decay == "logit"
 
+    @property
+    def rounded_to(self) -> str:
+        """What operands of products may be rounded to: "tf32" or the dtype."""
+        return self.dtype if self.precision == "float32" else self.precision
+
     @classmethod
     def parse(cls, slug: str) -> OpConfig:
         """The configuration that `slug` names. Raises ConfigError if it names none."""

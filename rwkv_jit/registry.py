@@ -40,6 +40,7 @@ def get_op(  # type: ignore[overload-overlap]
     decay: str = "loglog",
     state_dtype: torch.dtype | None = None,
     state_layout: str = "vk",
+    precision: str = "float32",
     lower_bound: float | None = None,
     build: str = "auto",
 ) -> ServingOp: ...
@@ -124,6 +125,10 @@ def get_op(
     checkpoint_dtype: of the states that the forward keeps for the backward, which `op.info()`
         counts; None is float32 (float64 for float64). bfloat16, for tensor-core kernels, halves
         their memory and rounds what the gradients are made of once more.
+    precision: what float32 operators may round operands of products to: "float32", nothing, or
+        "tf32", ten bits of mantissa, for which wkv7 and wkv7_prefill have kernels on tensor cores
+        (head size 64, compute capability 8.0, 9.0 and 10.0). It is permission, no demand: where no
+        kernel makes use of it, as with other dtypes and on a CPU, nothing is rounded so.
     lower_bound: what you know log d to be at least, for every token; -0.61 for decays like those of
         "logit", which needs no saying. From -8 on tensor-core kernels are a few per cent faster,
         and take a decay below e^-8 for that; float16 has such kernels from -0.61 on alone, and

@@ -146,6 +146,10 @@ __device__ __forceinline__ void channel_gradients(const Arguments& args, const T
     scale(dk, to_middle);
     scale(db, to_middle);
   }
+  if constexpr (IS_FP32) {
+    __syncwarp();  // so that they are read again, and have no registers till here
+    loaded.load_from(shared.raw[at], key);
+  }
   // Against the states. What crosses a token: from states before it to rows at or after it (a:
   // after it alone), from columns before it to the state after the chunk, and from state to state.
   Accumulator factors[TILES];
@@ -227,7 +231,7 @@ __device__ __forceinline__ void prefetch_next(const Arguments& args, const Token
   prefetch_checkpoint(args, checkpoint);
   if (first < 0) return;
   constexpr int LINE = 128 / sizeof(Element), LINES = N / LINE;  // of a row
-  for (int at = threadIdx.x; at < SPAN * LINES; at += THREADS) {
+  const auto prefetch_line = [&](int at) {
     const int64_t line = tokens.at(first + at / LINES) + at % LINES * LINE;
     for (const void* tensor : {args.r, args.k, args.v, args.a, args.b, args.dy})
       prefetch(static_cast<const Element*>(tensor) + line);
@@ -237,6 +241,12 @@ __device__ __forceinline__ void prefetch_next(const Arguments& args, const Token
     } else {
       prefetch(static_cast<const Element*>(args.w) + line);
     }
+  };
+  if constexpr (IS_FP32) {  // registers are short: no loop, which would be unrolled
+    static_assert(!IS_FP32 || SPAN * LINES <= THREADS);
+    if (threadIdx.x < SPAN * LINES) prefetch_line(threadIdx.x);
+  } else {
+    for (int at = threadIdx.x; at < SPAN * LINES; at += THREADS) prefetch_line(at);
   }
 }
 

@@ -45,8 +45,8 @@ _CHUNKED = (
 )
 # The same for float32, whose tensors take twice the memory.
 _CHUNKED_TF32 = (
-    Chunked(64, 32, forward=Block(8, 4, 1, 1, 209_984), backward=Block(8, 4, 4, 1, 212_480)),
-    Chunked(64, 16, forward=Block(7, 4, 1, 1, 157_488), backward=Block(4, 4, 4, 1, 106_240)),
+    Chunked(64, 32, forward=Block(16, 4, 4, 1, 206_592), backward=Block(8, 4, 4, 1, 212_480)),
+    Chunked(64, 16, forward=Block(12, 4, 4, 1, 137_728), backward=Block(4, 4, 4, 1, 106_240)),
 )
 
 

@@ -136,6 +136,7 @@ inline void cvt_rn_f16x2_f32(uint32_t& pair, float high, float low) {
 inline void cvt_rn_bf16x2_f32(uint32_t& pair, float high, float low) {
   pair = static_cast<uint32_t>(emulator::to_bfloat16(high)) << 16 | emulator::to_bfloat16(low);
 }
+inline void mov_b32(uint32_t& bits, float value) { bits = __float_as_uint(value); }
 inline void cvt_rna_tf32_f32(uint32_t& bits, float value) { bits = emulator::to_tf32(value); }
 inline void mma(float& c0, float& c1, float& c2, float& c3, const uint32_t (&a)[4],
                 const uint32_t (&b)[2], emulator::Operands operands) {
