@@ -42,6 +42,7 @@ def example_kernels() -> list[tuple[OpConfig, str]]:
             dtype=variant.dtypes[0],
             chunk_length=variant.chunk_lengths[0],
             arch=f"sm{variant.min_arch}" if variant.min_arch else host_cpu_arch(),
+            precision="tf32" if variant.needs_tf32 else "float32",
         )
         for spec in SPECS.values()
         for variant in spec.variants

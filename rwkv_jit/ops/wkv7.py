@@ -45,8 +45,8 @@ _CHUNKED = (
 )
 # The same for float32, whose tensors take twice the memory.
 _CHUNKED_TF32 = (
-    Chunked(64, 32, forward=Block(16, 4, 4, 1, 206_592), backward=Block(8, 4, 4, 1, 212_480)),
-    Chunked(64, 16, forward=Block(12, 4, 4, 1, 137_728), backward=Block(4, 4, 4, 1, 106_240)),
+    Chunked(64, 32, forward=Block(16, 4, 4, 1, 205_056), backward=Block(8, 4, 4, 1, 211_456)),
+    Chunked(64, 16, forward=Block(12, 4, 4, 1, 136_704), backward=Block(4, 4, 4, 1, 105_728)),
 )
 
 

@@ -175,7 +175,7 @@ def test_adversarial_inputs_match_the_reference_in_tf32(case: str) -> None:
     op = op_for("wkv7", "cuda", "tf32", 64, decay=decay)
     assert op.config.precision == "tf32"
     # What crosses decays of e^-50 is a small difference of sums, which keeps float32's own error.
-    throughout = {"dw": TOLERANCES["bf16"][2]} if "-50 throughout" in case else None
+    throughout = {"dw": 6e-3} if "-50 throughout" in case else None
     assert_matches_reference(op, make("wkv7", 64), "cuda", within=throughout)
 
 

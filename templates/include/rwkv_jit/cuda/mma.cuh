@@ -145,9 +145,9 @@ __device__ __forceinline__ void load_matrices(const float* block, float2 (&to)[C
     const int row = DOWN ? at % 2 * 8 : at / 2 * 8, column = DOWN ? at / 2 * 8 : at % 2 * 8;
     const float* matrix = block + row * STRIDE + column;
     if constexpr (TURNED) {
-      // Half of the lanes read their second value first: the rows 0, 2, 5 and 7 are in other banks,
-      // while 0 and 4 are not.
-      const int later = q / 2;
+      // Where the rows 0 and 4 are in the same banks, half of the lanes read their second value
+      // first: 0, 2, 5 and 7 are not.
+      const int later = STRIDE % 16 == 8 ? q / 2 : 0;
       const float one = matrix[(2 * q + later) * STRIDE + g],
                   other = matrix[(2 * q + 1 - later) * STRIDE + g];
       to[at] = later ? make_float2(other, one) : make_float2(one, other);
@@ -182,7 +182,7 @@ __device__ __forceinline__ void load_matrices(const Element* block, uint32_t (&t
   }
 }
 
-// The 16 x 16 block at `block`, rows STRIDE apart, or its left half, or its transpose, as an operand.
+// The 16 x 16 block at `block`, rows STRIDE apart, or its left half or transpose, as an operand.
 template <int STRIDE, int TILES>
 __device__ __forceinline__ void load(const Element* block, Rows<TILES>& a) {
   load_matrices<STRIDE, true, false>(block, a.at);

@@ -32,7 +32,7 @@ __device__ __forceinline__ void fetch(const Args& args, const Tokens& tokens, in
   fetch_rows<TOKENS, THREADS>(args.k, tokens, first, thread, raw.k);
 }
 
-constexpr int SOLVED = IS_FP32 ? PADDED : TOKENS;  // columns of T and G in shared memory
+constexpr int SOLVED = IS_FP32 ? 20 : TOKENS;  // columns of T and G in shared memory
 
 struct Chunk {
   Element w[TOKENS][ROW];      // W; before that a P-
@@ -66,7 +66,9 @@ __device__ __forceinline__ void store_columns(const Accumulator (&matrix)[2],
 // solves (I - A_ab) x = e or A_ak's column. The tensor cores' precision would not do: with repeated
 // keys the inverse's entries grow.
 __device__ __forceinline__ void solve(Chunk& chunk) {
-  const int lane = threadIdx.x % 32;
+  int lane = threadIdx.x % 32;
+  // What is known of it the compiler keeps from chunk to chunk, in registers that float32 lacks.
+  if constexpr (IS_FP32) lane = __shfl_sync(0xffffffffu, lane, lane);
   float x[TOKENS];
 #pragma unroll
   for (int row = 0; row < TOKENS; row += 4) {
