@@ -49,7 +49,11 @@ __device__ __forceinline__ Packed stored(float low, float high) {
 }
 __device__ __forceinline__ float to_tf32(float value) {
   uint32_t bits;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm("cvt.rn.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+#else  // which later architectures take four instructions for
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+#endif
   return __uint_as_float(bits);
 }
 __device__ __forceinline__ Packed pack(float low, float high) {
