@@ -46,6 +46,17 @@ def test_tails_of_spans_match_the_reference(name: str, size: int, dtype: str, le
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "arch"), [("bf16", "8.0"), ("bf16", "8.6"), ("tf32", "8.0")])
+def test_kernels_for_less_shared_memory_match_the_reference(
+    request: pytest.FixtureRequest, dtype: str, arch: str
+) -> None:
+    if not request.config.getoption("emulate_gpu"):
+        pytest.skip("each runs on its own architecture alone, or emulated")
+    op = get_op("wkv7", head_size=64, arch=arch, **dtype_options(dtype))
+    assert_matches_reference(op, random_call(2, 70, 2, 64), "cuda")
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("size", [64, 128])
 @pytest.mark.parametrize("case", ["strongest", "weakest", "mixed", "identical", "large state"])
 def test_float16_with_bounded_decays_matches_the_reference(size: int, case: str) -> None:
