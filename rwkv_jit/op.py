@@ -200,10 +200,14 @@ class ElementwiseOp(Op):
                 x, x_r=None, x_w=None, x_k=None, x_v=None, x_a=None, x_g=None, initial_state=None,
                 output_final_state=False, cu_seqlens=None)
             y = relu_squared(x)
+            r, w, k, v, a, g = addcmul_mix(
+                x, delta, x_r=None, x_w=None, x_k=None, x_v=None, x_a=None, x_g=None)
+            new_k = k_update(k, a, k_a)
+            out = gate_output_correction(y, r, k, v, g, r_k)
             loss, maximum = l2wrap_cross_entropy(logits, targets)
 
-        x, v, v_first: [B, T, C] in the operator's dtype; any strides. Where there are heads k, a,
-            y, r, v, g: [B, T, H, N].
+        x, v, v_first, delta, k, a: [B, T, C] in the operator's dtype; any strides. Where there are
+            heads k, a, y, r, v, g: [B, T, H, N].
         a0, v0, k_k, k_a, x_r, ..., weight, bias: [C], C = H * N where there are heads, same dtype
             as the first argument or float32. r_k: [H, N], likewise.
         logits: [B, T, V]; targets: [B, T], int64, -1 for a token that counts nothing. loss and
@@ -211,10 +215,10 @@ class ElementwiseOp(Op):
         initial_state: [B or S, C], the token before the first; zeros if None. cu_seqlens,
             output_final_state: as for the recurrences; final_state is the last token.
 
-        Returns a tensor, or a tuple of tensors; token_shift_mix has None for what has no x_j, and
-        for a final state that is not asked for. All floating inputs get gradients, those of
-        parameters summed in float32 (float64 for float64) in a fixed order. Under autocast the
-        inputs are converted to the operator's dtype, but for parameters of float32.
+        Returns a tensor, or a tuple of tensors, with None for what has no x_j, and for a final
+        state that is not asked for. All floating inputs get gradients, those of parameters summed
+        in float32 (float64 for float64) in a fixed order. Under autocast the inputs are converted
+        to the operator's dtype, but for parameters of float32.
 
         Raises ArgumentError for tensors that do not fit, and what building or loading a kernel
         raises at the first call. The formula is in `op.info()`.

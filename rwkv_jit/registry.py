@@ -48,7 +48,7 @@ def get_op(  # type: ignore[overload-overlap]
 
 @overload
 def get_op(
-    name: Literal["kk_pre", "readout"],
+    name: Literal["kk_pre", "readout", "gate_output_correction"],
     *,
     head_size: int,
     dtype: torch.dtype,
@@ -60,7 +60,15 @@ def get_op(
 
 @overload
 def get_op(
-    name: Literal["a_gate", "vres_gate", "token_shift_mix", "relu_squared", "l2wrap_cross_entropy"],
+    name: Literal[
+        "a_gate",
+        "vres_gate",
+        "token_shift_mix",
+        "relu_squared",
+        "addcmul_mix",
+        "k_update",
+        "l2wrap_cross_entropy",
+    ],
     *,
     dtype: torch.dtype,
     device: torch.device | str | int | None = None,
@@ -107,9 +115,9 @@ def get_op(
     """The operator of one configuration. The same configuration is the same object.
 
     name: one of `list_ops()`; "wkv7_decode", "wkv7_prefill" and the like, for serving, are a
-        ServingOp; the steps around the recurrence, "token_shift_mix" to "relu_squared", an
-        ElementwiseOp. They have no other choices than head_size, where there are heads, dtype,
-        device, arch and build.
+        ServingOp; the steps around the recurrence, "token_shift_mix" to
+        "l2wrap_cross_entropy", an ElementwiseOp. They have no other choices than head_size, where
+        there are heads, dtype, device, arch and build.
     head_size: N. Of a recurrence on a CPU a multiple of 8 up to 256, on a GPU 16, 32, 64, 128 or
         256; else any up to 256.
     dtype: of the tokens' vectors and what is made of them: bfloat16, float16 or float32, on a CPU

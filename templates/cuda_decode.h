@@ -103,7 +103,8 @@ __global__ void __launch_bounds__(THREADS, ONE ? BLOCKS : 1) decode_kernel(const
     const int count = ONE ? 1 : static_cast<int>(min(length - first, int64_t{STAGE}));
     if (first > 0) __syncthreads();  // the last stage's readers are done
     for (int at = threadIdx.x; at < count * N; at += THREADS)
-      load_token(args, first_token + first + at / N, head, at % N, tokens[at / N]);
+      load_token(args, first_token + first + at / N, head, at % N, blockIdx.x % GROUPS<ROWS> == 0,
+                 tokens[at / N]);
     __syncthreads();
     for (int t = 0; t < count; ++t) {
       float y[ROWS];

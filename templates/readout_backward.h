@@ -5,6 +5,7 @@
 //   dx = dp * weight,   dy = s (dx - mean(dx) - x mean(dx * x))
 // and over tokens dr_k sums dc r * k, dweight sums dp * x, dbias sums dp.
 //% include "elementwise.h"
+#include "rwkv_jit/bonus.h"
 #include "rwkv_jit/norm.h"
 
 namespace {
@@ -36,11 +37,10 @@ struct Step {
   }
 
   RWKV_JIT_STEP void run(int64_t t, const Token& token) {
-    Real r[COUNT], k[COUNT], dp[COUNT], bonus = 0, dbonus = 0;
+    Real r[COUNT], k[COUNT], dp[COUNT], dbonus = 0;
     lane.unpack(token.r, r);
     lane.unpack(token.k, k);
-    each<COUNT>([&](int i) { bonus += r[i] * k[i] * r_k[i]; });
-    bonus = lane.sum(bonus);
+    const Real bonus = own_key(lane, r, k, r_k);
 
     Real x[COUNT];
     lane.unpack(token.y, x);
@@ -60,13 +60,7 @@ struct Step {
     lane.store(args.dg, t, g);
     lane.store(args.dv, t, v);
 
-    dbonus = lane.sum(dbonus);
-    each<COUNT>([&](int i) {
-      const Real dr = dbonus * k[i];
-      dr_k[i] += dr * r[i];
-      k[i] = dbonus * r[i] * r_k[i];
-      r[i] = dr * r_k[i];
-    });
+    own_key_backward(lane.sum(dbonus), r_k, r, k, dr_k);
     lane.store(args.dr, t, r);
     lane.store(args.dk, t, k);
 

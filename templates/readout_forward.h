@@ -1,6 +1,7 @@
 // readout forward, per head: out = (norm(y) * weight + bias + (r k r_k) . 1 v) * g, where
 //   norm(y) = (y - mean(y)) / sqrt(mean((y - mean(y))^2) + eps)
 //% include "elementwise.h"
+#include "rwkv_jit/bonus.h"
 #include "rwkv_jit/norm.h"
 
 namespace {
@@ -31,14 +32,13 @@ struct Step {
   }
 
   RWKV_JIT_STEP void run(int64_t t, const Token& token) {
-    Real y[COUNT], r[COUNT], k[COUNT], v[COUNT], g[COUNT], bonus = 0;
+    Real y[COUNT], r[COUNT], k[COUNT], v[COUNT], g[COUNT];
     lane.unpack(token.y, y);
     lane.unpack(token.r, r);
     lane.unpack(token.k, k);
     lane.unpack(token.v, v);
     lane.unpack(token.g, g);
-    each<COUNT>([&](int i) { bonus += r[i] * k[i] * r_k[i]; });
-    bonus = lane.sum(bonus);
+    const Real bonus = own_key(lane, r, k, r_k);
     normalise<HEAD_SIZE>(lane, Real(args.eps), y);
     each<COUNT>([&](int i) { y[i] = (y[i] * weight[i] + bias[i] + bonus * v[i]) * g[i]; });
     lane.store(args.out, t, y);

@@ -4,6 +4,7 @@
 // p of a sequence's first token is the gradient of its initial state; in p's place after the last
 // one comes the gradient of its final state. So a token is done when the next one has been read.
 //% include "elementwise.h"
+//% include "mixes.h"
 //% include "token_shift.h"
 
 namespace {
@@ -34,12 +35,7 @@ struct Step {
   RWKV_JIT_STEP Token load(int64_t t) const {
     Token token;
     token.x = lane.load(args.x, t);
-    // Without a branch, which would have each load wait for the one before it.
-    each<USES>([&](int use) {
-      const bool given = gradient(use) != nullptr;
-      const Packed dy = lane.load(given ? gradient(use) : args.x, t);
-      token.dy[use] = given ? dy : Packed{};
-    });
+    load_gradients(args, lane, args.x, t, token.dy);
     return token;
   }
 
@@ -77,18 +73,14 @@ struct Step {
     if (begin < end && !walk.is_last(end - 1)) {
       Real earlier[COUNT] = {};
       each<USES>([&](int use) {
-        if (gradient(use) == nullptr) return;
+        if (gradient(args, use) == nullptr) return;
         Real dy[COUNT];
-        lane.read(gradient(use), end, dy);
+        lane.read(gradient(args, use), end, dy);
         each<COUNT>([&](int i) { earlier[i] += dy[i] * mixes.at[use][i]; });
       });
       store_waiting(end - 1, earlier);
     }
-    void* const parts[] = {args.x_r_parts, args.x_w_parts, args.x_k_parts,
-                           args.x_v_parts, args.x_a_parts, args.x_g_parts};
-    each<USES>([&](int use) {
-      if (parts[use] != nullptr) lane.store_part(parts[use], group, sums[use]);
-    });
+    store_parts(args, lane, group, sums);
     if (group > 0 || args.dinitial_state == nullptr) return;
     each_empty(args, [&](int64_t s) {
       walk.s = s;
@@ -98,11 +90,6 @@ struct Step {
   }
 
  private:
-  RWKV_JIT_STEP const void* gradient(int use) const {
-    const void* const all[] = {args.dr, args.dw, args.dk, args.dv, args.da, args.dg};
-    return all[use];
-  }
-
   // The gradient of the final state of the sequence that one is in.
   RWKV_JIT_STEP void read_last(Real (&dlast)[COUNT]) const {
     each<COUNT>([&](int i) { dlast[i] = 0; });
@@ -110,20 +97,15 @@ struct Step {
       lane.read(args.dfinal_state, walk.s, dlast);
   }
 
-  RWKV_JIT_STEP void store_waiting(int64_t t, Real (&rest)[COUNT]) const {
-    each<COUNT>([&](int i) { rest[i] += waiting[i]; });
-    lane.store(args.dx, t, rest);
+  RWKV_JIT_STEP void store_waiting(int64_t t, const Real (&rest)[COUNT]) const {
+    Real dx[COUNT];
+    each<COUNT>([&](int i) { dx[i] = waiting[i] + rest[i]; });
+    lane.store(args.dx, t, dx);
   }
 };
 
 }  // namespace
 
 RWKV_JIT_EXPORT int rwkv_jit_launch(const Arguments* args) {
-  return run_step_and_sum<Step, Element, HEAD_SIZE, Schedule>(
-      *args, Sum{args->x_r_parts, args->dx_r, args->dx_r_dtype},
-      Sum{args->x_w_parts, args->dx_w, args->dx_w_dtype},
-      Sum{args->x_k_parts, args->dx_k, args->dx_k_dtype},
-      Sum{args->x_v_parts, args->dx_v, args->dx_v_dtype},
-      Sum{args->x_a_parts, args->dx_a, args->dx_a_dtype},
-      Sum{args->x_g_parts, args->dx_g, args->dx_g_dtype});
+  return run_step_and_sum_parts<Step>(*args);
 }

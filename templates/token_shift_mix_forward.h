@@ -1,6 +1,7 @@
 // token_shift_mix forward: y_t = x_t + (x_{t-1} - x_t) * x_j for each x_j that is given. What is
 // before a sequence's first token is its initial state; its last token is its final state.
 //% include "elementwise.h"
+//% include "mixes.h"
 //% include "token_shift.h"
 
 namespace {
@@ -33,13 +34,9 @@ struct Step {
     if (walk.is_first(t)) read_initial(args, lane, walk.s, before);
     Real x[COUNT];
     lane.unpack(token.x, x);
-    void* const outputs[] = {args.r, args.w, args.k, args.v, args.a, args.g};
-    each<USES>([&](int use) {
-      if (outputs[use] == nullptr) return;
-      Real y[COUNT];
-      each<COUNT>([&](int i) { y[i] = x[i] + (before[i] - x[i]) * mixes.at[use][i]; });
-      lane.store(outputs[use], t, y);
-    });
+    Real delta[COUNT];
+    each<COUNT>([&](int i) { delta[i] = before[i] - x[i]; });
+    mixes.store(args, lane, t, x, delta);
     if (args.final_state != nullptr && walk.is_last(t) && walk.s < args.S)
       lane.store(args.final_state, walk.s, x);
     each<COUNT>([&](int i) { before[i] = x[i]; });

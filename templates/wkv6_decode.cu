@@ -19,7 +19,7 @@ constexpr int AT_ONCE = 4;
 
 // One value of each vector of a token.
 __device__ __forceinline__ void load_token(const Arguments& args, int64_t t, int64_t head, int j,
-                                           float (&token)[VECTORS][N]) {
+                                           bool, float (&token)[VECTORS][N]) {
   const int64_t row = t * args.H + head, from = row * N + j;
   const Kept decay = kept(
       decay_of<DECAY>(load_mixed<Element>(args.w, args.w_dtype, decay_row(row, head) * N + j)));

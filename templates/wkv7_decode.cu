@@ -22,10 +22,11 @@ constexpr float LEAST_SQUARE = 1e-24f;
 //   k <- k (1 + (gate - 1) k_a), a <- -kk, b <- kk gate.
 constexpr bool FUSED = {{fused}};
 
-// One value of each vector of a token. Of kk the length is not known yet.
+// One value of each vector of a token. Of kk the length is not known yet. is_first: of the blocks
+// of the head, so that it writes what is one for all.
 template <typename Args>
 __device__ __forceinline__ void load_token(const Args& args, int64_t t, int64_t head, int j,
-                                           float (&token)[VECTORS][N]) {
+                                           bool is_first, float (&token)[VECTORS][N]) {
   const int64_t from = (t * args.H + head) * N + j;
   float w = load_mixed<Element>(args.w, args.w_dtype, from);
   float k = load_at<Element>(args.k, from), a = load_at<Element>(args.a, from), b;
@@ -36,7 +37,7 @@ __device__ __forceinline__ void load_token(const Args& args, int64_t t, int64_t 
     a = load_mixed<Element>(args.k_k, args.k_k_dtype, channel) * k;
     b = a * gate;
     k = fmaf(k * (gate - 1.0f), load_mixed<Element>(args.k_a, args.k_a_dtype, channel), k);
-    store_at<Element>(args.new_k, from, k);  // every block of the head, the same
+    if (is_first) store_at<Element>(args.new_k, from, k);
   } else {
     b = load_at<Element>(args.b, from);
   }

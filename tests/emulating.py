@@ -173,7 +173,7 @@ def _on_cpu(value: Any) -> Any:
 
 def emulate_gpu(folder: Path, *, checked: bool) -> None:
     """From now on, in this process, "cuda" is an emulated GPU. folder: of built kernels. checked:
-    whether what its threads read and write is checked, which takes ten times as long."""
+    whether what its threads read and write is checked, which takes several times as long."""
     load = KernelTable._load
 
     def load_emulated(self: KernelTable, slug: str, entry: str) -> LoadedKernel:

@@ -48,12 +48,14 @@ def test_a_hit_costs_at_most_five_microseconds() -> None:
 def test_operators_are_listed() -> None:
     recurrences = ("wkv5", "wkv6", "wkv7")
     steps = ("token_shift_mix", "a_gate", "vres_gate", "kk_pre", "readout", "relu_squared")
+    as_fla = ("addcmul_mix", "k_update", "gate_output_correction")
     assert list_ops() == (
         *recurrences,
         *(f"{name}_decode" for name in recurrences),
         "wkv7_decode_fused",
         *(f"{name}_prefill" for name in recurrences),
         *steps,
+        *as_fla,
         "l2wrap_cross_entropy",
     )
 
@@ -252,14 +254,15 @@ def test_importing_leaves_the_garbage_collector_as_it_was(call: str) -> None:
 
 
 def test_first_use_in_a_warm_process_is_quick(session_cache: Path) -> None:
-    """At most 0.2 s beyond importing torch; more is allowed here for busy machines."""
+    """At most 0.2 s beyond importing torch, of cores and not of a busy machine's clock; twice that
+    is allowed where caches are shared with others."""
     op = get_op(head_size=64, dtype=torch.float32, device="cpu")
     op.load(backward=False)
     program = (
-        "import time, torch; begin = time.perf_counter();"
+        "import os, torch; begin = sum(os.times()[:4]);"
         "from rwkv_jit import get_op; x = torch.randn(1, 4, 2, 64);"
         "get_op(head_size=64, dtype=torch.float32, device='cpu')(x, x, x, x, x, x);"
-        "print(time.perf_counter() - begin)"
+        "print(sum(os.times()[:4]) - begin)"
     )
     best = min(
         float(

@@ -199,12 +199,13 @@ def test_kernels_of_tf32_compile_and_nothing_spills(
 
 @pytest.mark.parametrize("state_dtype", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("layout", ["vk", "kv"])
+@pytest.mark.parametrize("op", ["wkv7_decode", "wkv7_decode_fused"])
 @pytest.mark.parametrize(("arch", "size"), [("sm80", 32), ("sm90a", 64), ("sm90a", 256)])
 def test_no_order_or_dtype_of_a_pool_makes_a_kernel_spill(
-    state_dtype: str, layout: str, arch: str, size: int, tmp_path: Path
+    op: str, state_dtype: str, layout: str, arch: str, size: int, tmp_path: Path
 ) -> None:
     config = OpConfig(
-        op="wkv7_decode",
+        op=op,
         head_size=size,
         dtype="bf16",
         chunk_length=16,

@@ -21,17 +21,19 @@ LIMITS: Mapping[str, float] = {
 }
 # Of two sequences and two heads; the tokens are a multiple of what kernels of others insist on.
 _MOST_TOKENS = 128
+# Of two sequences with all channels, so that sums over tokens are shared out as in the whole.
+_MOST_TOKENS_OF_STEPS = 1024
 
 Results = Callable[[Tensors], Sequence[torch.Tensor | None]]
 
 
-def slice_of(shape: Shape) -> Shape:
+def slice_of(shape: Shape, *, all_channels: bool = False) -> Shape:
     """The shape that the gate looks at."""
     return replace(
         shape,
         batch=min(shape.batch, 2),
-        length=min(shape.length, _MOST_TOKENS),
-        heads=min(shape.heads, 2),
+        length=min(shape.length, _MOST_TOKENS_OF_STEPS if all_channels else _MOST_TOKENS),
+        heads=shape.heads if all_channels else min(shape.heads, 2),
     )
 
 

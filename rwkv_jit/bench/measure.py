@@ -172,7 +172,8 @@ def _measure(
 
 def _errors(case: Case, contender: Contender, device: str) -> dict[str, float]:
     config = contender.config
-    tensors = _draw(case, config, slice_of(case.shape), device)
+    is_step = not (get_spec(case.op).is_recurrence or is_serving(case.op))
+    tensors = _draw(case, config, slice_of(case.shape, all_channels=is_step), device)
     if is_serving(case.op):
         return _errors_of_step(case, contender, tensors)
     truth = reference(config, torch.float64)

@@ -16,6 +16,7 @@ from ..ops import get_spec
 from ..settings import current_settings
 from .extensions import Function
 from .received import Received
+from .steps import reference_gradients
 from .tensors import operator_for
 
 _STATES = ("final_state", "dinitial_state")
@@ -80,7 +81,8 @@ class _Call:
             dfinal = given.shaped("dfinal_state", given.state_shape)
             flowing["dfinal_state"] = dfinal.to(self._state_dtype)
         if self._runs_reference:
-            found = self._reference_gradients(flowing)
+            inputs = {name: x for name, x in self._inputs.items() if x is not None}
+            found = reference_gradients(self._op, inputs, flowing, output_final_state=True)
         else:
             checkpoints = self._kept
             if checkpoints is None:
@@ -161,22 +163,3 @@ class _Call:
         begin = s.view(-1)[: math.prod(shape)]
         dtype = dtype_of("checkpoint", self._op.config, {})
         return begin.view(shape) if self._takes(begin, math.prod(shape), dtype) else None
-
-    def _reference_gradients(self, flowing: Tensors) -> Tensors:
-        leaves = {name: x.detach() for name, x in self._given.tokens.items()}
-        tokens, state = list(leaves.values()), None
-        if self._state is not None:
-            state = leaves["initial_state"] = self._state.detach()
-        wanted = [name for name in leaves if f"d{name}" in self._given.written]
-        for name in wanted:
-            leaves[name].requires_grad_()
-        with torch.enable_grad():
-            y, final_state = self._op(*tokens, state, True)
-        assert final_state is not None, "it was asked for"
-        outputs = {"dy": y, "dfinal_state": final_state}
-        grads = torch.autograd.grad(
-            [outputs[name] for name in flowing],
-            [leaves[name] for name in wanted],
-            [*flowing.values()],
-        )
-        return {f"d{name}": grad for name, grad in zip(wanted, grads, strict=True)}

@@ -13,7 +13,26 @@ from __future__ import annotations
 import torch
 
 from .fla_calls import Result, declared_bound, refuse_context, refuse_reverse, rwkv6, rwkv7
+from .fla_steps import (
+    channel_mixing_rwkv7,
+    fused_addcmul_rwkv7,
+    fused_k_rwkv7,
+    gate_output_correction,
+)
 from .tensors import check_is_tensor
+
+__all__ = (
+    "channel_mixing_rwkv7",
+    "chunk_dplr_delta_rule",
+    "chunk_rwkv6",
+    "chunk_rwkv7",
+    "fused_addcmul_rwkv7",
+    "fused_k_rwkv7",
+    "fused_mul_recurrent_rwkv7",
+    "fused_recurrent_rwkv6",
+    "fused_recurrent_rwkv7",
+    "gate_output_correction",
+)
 
 
 def chunk_rwkv6(

@@ -1,15 +1,20 @@
 """FLA 0.6.0's functions for the steps around RWKV-7's recurrence, with its arguments.
 
-They need no Triton and run on a CPU, too. `channel_mixing_rwkv7` has our operators inside. The
-others cut the layer at other places than our operators and are plain PyTorch here; where the code
-around them can change, "token_shift_mix", "kk_pre" and "readout" do more in one pass.
+They need no Triton and run on a CPU, too: one kernel each way, in channel mixing one before and one
+between the matrix products. Where the code around them can change, "token_shift_mix", "kk_pre" and
+"readout" do more in one pass.
+
+Tensors have one dtype, the result's: float32, float16 or bfloat16. Parameters of the channels have
+that or float32, and gradients summed in float32 in a fixed order. What does not fit raises
+ArgumentError.
 """
 
 from __future__ import annotations
 
 import torch
 
-from ..registry import get_op
+from ..nn.operators import find
+from .tensors import check_is_tensor, of_channels, split_heads
 
 Mixed = tuple[
     torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None
@@ -29,21 +34,24 @@ def channel_mixing_rwkv7(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """RWKV-7's channel mixing.
 
-    x: [B, T, C], float32, float16 or bfloat16.
-    x_prev: [B, C] or [B, 1, C], same dtype. The token before the first.
-    x_k: C values in any shape, same dtype or float32.
+    x: [B, T, C].
+    x_prev: [B, C] or [B, 1, C]. The token before the first.
+    x_k: [C] or [1, 1, C].
     key_weight: [C, F]; value_weight: [F, C]. The transposed weights of nn.Linear.
     inplace: without effect; upstream writes the gradients of x and x_prev into them.
 
     Returns the output [B, T, C] and x[-1], which is what upstream returns; the last token of each
-    sequence is x[:, -1]. Raises ArgumentError for tensors that do not fit.
+    sequence is x[:, -1].
     """
     del inplace
+    function = "channel_mixing_rwkv7"
+    check_is_tensor(function, "x", x)
     shift, activate = (
-        get_op(name, dtype=x.dtype, device=x.device) for name in ("token_shift_mix", "relu_squared")
+        find(name, x.dtype, x.device) for name in ("token_shift_mix", "relu_squared")
     )
     before = x_prev.reshape(x.shape[0], x.shape[-1])
-    mixed = shift(x, x_k=x_k.reshape(-1), initial_state=before)
+    share = of_channels(function, "x_k", x_k, x.shape[-1:])
+    mixed = shift(x, x_k=share, initial_state=before)
     return activate(mixed[_KEY] @ key_weight) @ value_weight, x[-1]
 
 
@@ -59,10 +67,18 @@ def fused_addcmul_rwkv7(
 ) -> Mixed:
     """hidden_states + delta * x for each x, or None for an xg of None.
 
-    hidden_states, delta: [B, T, C]. xr ... xg: what broadcasts to them.
+    hidden_states, delta: [B, T, C]. xr ... xg: [C] or [1, 1, C].
     """
-    r, w, k, v, a = (torch.addcmul(hidden_states, delta, x) for x in (xr, xw, xk, xv, xa))
-    return r, w, k, v, a, None if xg is None else torch.addcmul(hidden_states, delta, xg)
+    function = "fused_addcmul_rwkv7"
+    check_is_tensor(function, "hidden_states", hidden_states)
+    mix = find("addcmul_mix", hidden_states.dtype, hidden_states.device)
+    channels = hidden_states.shape[-1:]
+    given = {"xr": xr, "xw": xw, "xk": xk, "xv": xv, "xa": xa}
+    if xg is not None:
+        given["xg"] = xg
+    shares = [of_channels(function, name, x, channels) for name, x in given.items()]
+    mixed: Mixed = mix(hidden_states, delta, *shares)
+    return mixed
 
 
 def fused_k_rwkv7(
@@ -74,10 +90,14 @@ def fused_k_rwkv7(
 ) -> torch.Tensor:
     """k * (1 + (a - 1) * ka).
 
-    k, a: [B, T, C]. ka: what broadcasts to them. cu_seqlens, cu_seqlens_cpu: without effect.
+    k, a: [B, T, C]. ka: [C] or [1, 1, C]. cu_seqlens, cu_seqlens_cpu: without effect.
     """
     del cu_seqlens, cu_seqlens_cpu
-    return k.addcmul(k * (a - 1), ka)
+    function = "fused_k_rwkv7"
+    check_is_tensor(function, "k", k)
+    update = find("k_update", k.dtype, k.device)
+    new_k: torch.Tensor = update(k, a, of_channels(function, "ka", ka, k.shape[-1:]))
+    return new_k
 
 
 def gate_output_correction(
@@ -92,5 +112,10 @@ def gate_output_correction(
 
     o, g: [B, T, H * N]. r, k, v: [B, T, H, N]. r_k: [H, N].
     """
-    bonus = (r * k * r_k).sum(-1, keepdim=True) * v
-    return (o + bonus.view(o.shape)) * g
+    function = "gate_output_correction"
+    check_is_tensor(function, "r", r)
+    heads = r.shape[-2:]
+    y, gate = (split_heads(function, name, x, heads[-1]) for name, x in (("o", o), ("g", g)))
+    correct = find(function, o.dtype, o.device, heads[-1])
+    out: torch.Tensor = correct(y, r, k, v, gate, of_channels(function, "r_k", r_k, heads))
+    return out.flatten(2)

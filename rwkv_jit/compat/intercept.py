@@ -19,6 +19,7 @@ from ..errors import ConfigError, RwkvJitError
 from ..settings import current_settings
 from .calls import call
 from .extensions import EXTENSIONS, Function
+from .step_calls import call_step
 
 # The `rwkv` package's own: RWKV-4 and matrix products, which are no operators of ours. TorchScript
 # looks them up even where none is called, as on a CPU; on a GPU upstream's are built.
@@ -62,11 +63,11 @@ def intercept() -> Interception:
     Call it before the program imports `load`, or run the program by `rwkv-jit run`. What is
     replaced is said on standard error, once.
 
-    Kernels write into the program's tensors. A forward that is given a buffer for upstream's own
-    backward leaves there what ours reads, if it has room, else the initial state if the backward is
-    not given it; without room a backward computes the forward again. Gradients of w and u that
-    upstream keeps for each sequence of the batch are summed in the first row, and zero in the
-    others.
+    Kernels write into the program's tensors; those of the steps around the recurrence into new
+    ones, which are returned. A forward that is given a buffer for upstream's own backward leaves
+    there what ours reads, if it has room, else the initial state if the backward is not given it;
+    without room a backward computes the forward again. Gradients of w and u that upstream keeps for
+    each sequence of the batch are summed in the first row, and zero in the others.
 
     Returns what undoes it, which is a context manager too.
     """
@@ -108,15 +109,15 @@ def registered(name: str) -> types.ModuleType:
     Returns a module that has them too, as those have that upstream builds by pybind11.
     """
     extension = EXTENSIONS[name]
-    library = _library(extension.namespace)
+    library = _library(name)
     module = types.ModuleType(name, f"{name} on rwkv_jit's {extension.op}")
     for function_name in extension.functions:
         _define(library, Function(extension, function_name))
-        packet = getattr(getattr(torch.ops, extension.namespace), function_name)
+        packet = getattr(getattr(torch.ops, name), function_name)
         setattr(module, function_name, packet)
     # Its functions are registered as long as it lives.
     module.__dict__["_library"] = library
-    _announce(name, f"torch.ops.{extension.namespace} is {extension.op} of rwkv_jit")
+    _announce(name, f"torch.ops.{name} is {extension.op} of rwkv_jit")
     return module
 
 
@@ -131,12 +132,12 @@ def _library(namespace: str) -> torch.library.Library:
 
 def _define(library: torch.library.Library, function: Function) -> None:
     library.define(function.schema)
+    run = functools.partial(call_step if function.returns else call, function)
     for key in ("CPU", "CUDA"):
-        library.impl(function.name, functools.partial(call, function), key)
-    # It returns nothing, and what it writes into has its shape.
-    torch.library.register_fake(
-        f"{function.extension.namespace}::{function.name}", lambda *_: None, lib=library
-    )
+        library.impl(function.name, run, key)
+    # What returns nothing writes into what has its shape.
+    fake = run if function.returns else lambda *_: None
+    torch.library.register_fake(f"{function.extension.name}::{function.name}", fake, lib=library)
 
 
 @functools.cache

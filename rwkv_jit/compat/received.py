@@ -28,7 +28,7 @@ class Received:
     """
 
     def __init__(self, function: Function, values: dict[str, Any]) -> None:
-        self.title = f"torch.ops.{function.extension.namespace}.{function.name}"
+        self.title = function.title
         self.op = function.extension.op
         self.values = values
         self.written = {ours for _, ours, written in function.arguments if written}

@@ -107,6 +107,17 @@ def shaped(function: str, name: str, x: torch.Tensor, shape: Sequence[int]) -> t
     return x.reshape(shape)
 
 
+def of_channels(function: str, name: str, x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """A parameter of `shape`, which may have come with ones before that."""
+    check_is_tensor(function, name, x)
+    if x.shape[-len(shape) :] != shape or x.numel() != math.prod(shape):
+        raise ArgumentError(
+            f"{function}: {name} has shape {list(x.shape)}, but must be {list(shape)}, or that "
+            "after ones, as it is the same for all tokens; reshape it"
+        )
+    return x.reshape(shape)
+
+
 def batched_state(
     function: str, name: str, state: torch.Tensor, tokens: torch.Tensor
 ) -> torch.Tensor:

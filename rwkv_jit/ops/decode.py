@@ -43,7 +43,7 @@ _TILES = {
 def _tile(config: OpConfig, *, fused: bool) -> Mapping[str, int]:
     tile = _TILES[config.head_size]
     # There the compiler needs a register more than fourteen blocks of 64 threads leave to a lane.
-    tight = fused and arch_number(config.arch) >= 120
+    tight = fused and (arch_number(config.arch) >= 120 or config.state_dtype != "fp32")
     return {**tile, "blocks": tile["blocks"] * 6 // 7} if tight else tile
 
 

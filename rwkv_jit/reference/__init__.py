@@ -7,7 +7,17 @@ from typing import Any
 
 from .cross_entropy import l2wrap_cross_entropy
 from .decode import on_pool
-from .elementwise import a_gate, kk_pre, readout, relu_squared, token_shift_mix, vres_gate
+from .elementwise import (
+    a_gate,
+    addcmul_mix,
+    gate_output_correction,
+    k_update,
+    kk_pre,
+    readout,
+    relu_squared,
+    token_shift_mix,
+    vres_gate,
+)
 from .wkv5 import wkv5
 from .wkv6 import wkv6
 from .wkv7 import wkv7
@@ -30,5 +40,8 @@ REFERENCES: Mapping[str, Callable[..., Any]] = {
     "kk_pre": kk_pre,
     "readout": readout,
     "relu_squared": relu_squared,
+    "addcmul_mix": addcmul_mix,
+    "k_update": k_update,
+    "gate_output_correction": gate_output_correction,
     "l2wrap_cross_entropy": l2wrap_cross_entropy,
 }

@@ -119,3 +119,50 @@ def token_shift_mix(
     )
     final = torch.cat([part[:, -1] for part in whole]) if whole else x.new_zeros(0, channels)
     return *outputs, final if output_final_state else None
+
+
+def addcmul_mix(
+    x: torch.Tensor,
+    delta: torch.Tensor,
+    x_r: torch.Tensor | None = None,
+    x_w: torch.Tensor | None = None,
+    x_k: torch.Tensor | None = None,
+    x_v: torch.Tensor | None = None,
+    x_a: torch.Tensor | None = None,
+    x_g: torch.Tensor | None = None,
+    *,
+    compute_dtype: torch.dtype = torch.float64,
+) -> Mixed:
+    """x + delta * x_j for each x_j that is given. x, delta: [B, T, C]. x_j: [C]."""
+    x, delta = x.to(compute_dtype), delta.to(compute_dtype)
+    return tuple(
+        None if mix is None else x + delta * mix.to(compute_dtype)
+        for mix in (x_r, x_w, x_k, x_v, x_a, x_g)
+    )
+
+
+def k_update(
+    k: torch.Tensor,
+    a: torch.Tensor,
+    k_a: torch.Tensor,
+    *,
+    compute_dtype: torch.dtype = torch.float64,
+) -> torch.Tensor:
+    """k * (1 + (a - 1) * k_a). k, a: [B, T, C]. k_a: [C]."""
+    k, a, k_a = (tensor.to(compute_dtype) for tensor in (k, a, k_a))
+    return k * (1 + (a - 1) * k_a)
+
+
+def gate_output_correction(
+    y: torch.Tensor,
+    r: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    r_k: torch.Tensor,
+    *,
+    compute_dtype: torch.dtype = torch.float64,
+) -> torch.Tensor:
+    """(y + (sum_n r * k * r_k) v) * g, head by head. y, r, k, v, g: [B, T, H, N]. r_k: [H, N]."""
+    y, r, k, v, g, r_k = (tensor.to(compute_dtype) for tensor in (y, r, k, v, g, r_k))
+    return (y + (r * k * r_k).sum(-1, keepdim=True) * v) * g

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from rwkv_jit.arguments import sum_groups
 from rwkv_jit.bench.cases import Shape
 from rwkv_jit.bench.gate import LIMITS, relative_errors, slice_of, worst_of
 from rwkv_jit.bench.inputs import Tensors
@@ -53,3 +54,10 @@ def test_zeros_that_are_right_have_no_error() -> None:
 def test_the_slice_is_small_and_never_larger_than_the_shape() -> None:
     assert slice_of(Shape(8, 4096, 64, 32)) == Shape(2, 128, 2, 32)
     assert slice_of(Shape(1, 5, 1, 32)) == Shape(1, 5, 1, 32)
+
+
+def test_a_step_around_the_recurrence_is_looked_at_with_several_tokens_of_a_group() -> None:
+    looked_at = slice_of(Shape(8, 4096, 64, 64), all_channels=True)
+    assert looked_at == Shape(2, 1024, 64, 64)
+    tokens = looked_at.batch * looked_at.length
+    assert sum_groups(tokens, looked_at.heads * looked_at.head_size) <= tokens / 2

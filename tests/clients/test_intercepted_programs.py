@@ -2,7 +2,8 @@
 
 Each has a way without its kernels, in plain PyTorch, which is the oracle. Relative RMS errors are
 asserted: for logits and states in float32 1e-5; for a float32 model with a bfloat16 kernel 2e-3 for
-gradients and every loss of a short training; for a model in bfloat16 2e-2.
+gradients and every loss of a short training; for a model in bfloat16 2e-2, and for one whose every
+step is another extension, against the same in float32, 5e-2 for gradients and 2e-3 for losses.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from running import ROOT, program
 from rwkv_checkpoints import LAYERS, write_checkpoint
 
 FLOAT32, KERNEL_BFLOAT16, MODEL_BFLOAT16 = 1e-5, 2e-3, 2e-2
+BLOCK_BFLOAT16 = 5e-2
 TRAINING = Path(__file__).parent / "rwkv_lm_training.py"
+BLOCK_TRAINING = Path(__file__).parent / "rwkv_lm_block_training.py"
 GENERATION = """
 import sys
 import torch
@@ -95,13 +98,30 @@ def test_rwkv_lm_style_training_matches_plain_pytorch(tmp_path: Path) -> None:
         "rwkv_jit: wind_backstepping is not built: torch.ops.wind_backstepping is wkv7 of rwkv_jit"
     ]
     run(sys.executable, TRAINING, "PLAIN", tmp_path / "plain", environment={})
-    own, plain = (torch.load(tmp_path / name) for name in ("own", "plain"))
+    assert_trains_alike(tmp_path, KERNEL_BFLOAT16)
+
+
+@pytest.mark.parametrize("mode", ["auto", "reference"])
+def test_training_with_an_extension_for_each_step_matches_plain_pytorch(
+    mode: str, tmp_path: Path
+) -> None:
+    asked = {"RWKV_JIT_LOG_LEVEL": "info", "RWKV_JIT_MODE": mode}
+    done = run(*program("run", str(BLOCK_TRAINING), "OWN"), tmp_path / "own", environment=asked)
+    assert done.stderr.count("is not built: torch.ops.rwkv7_") == 8
+    run(sys.executable, BLOCK_TRAINING, "PLAIN", tmp_path / "plain", environment={})
+    assert_trains_alike(tmp_path, BLOCK_BFLOAT16)
+
+
+def assert_trains_alike(folder: Path, of_gradients: float) -> None:
+    """Whether two trainings that were saved have the same gradients and losses, and train."""
+    own, plain = (torch.load(folder / name) for name in ("own", "plain"))
+    assert own["gradients"].keys() == plain["gradients"].keys()
     for name, gradient in plain["gradients"].items():
         assert gradient.any(), name
-        assert relative_rms(own["gradients"][name], gradient) <= KERNEL_BFLOAT16, name
+        assert relative_rms(own["gradients"][name], gradient) <= of_gradients, name
     for loss, right in zip(own["losses"], plain["losses"], strict=True):
         assert abs(loss - right) <= KERNEL_BFLOAT16 * right
-    assert own["losses"][-1] < 0.8 * own["losses"][0]
+    assert own["losses"][-1] < 0.85 * own["losses"][0]
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,9 @@
 #include <sys/mman.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <random>
 #include <string>
 #include <unordered_map>
@@ -367,7 +365,7 @@ float value_of_tf32(uint32_t bits) {
 int run(Index blocks, unsigned count, size_t shared_bytes, void (*body)(void*), void* closure,
         size_t closure_bytes) {
   if (!failure.empty()) return 1;
-  failure.clear();
+  accessed_by = nullptr;
   threads.assign(count, {});
   // Both ends are aligned as on a GPU.
   shared.assign(shared_bytes + 1024, 0);

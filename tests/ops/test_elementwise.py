@@ -128,13 +128,13 @@ def test_any_head_size_is_right_on_a_gpu(name: str, size: int) -> None:
     assert_right(name, tensors, torch.bfloat16, "cuda", sizes)
 
 
-@pytest.mark.gpu
+@on_each_device
 @for_each_op
-def test_many_tokens_of_many_channels_are_right(name: str) -> None:
-    sizes = Sizes(2, 1500, 32, 64)
-    assert sum_groups(3000, 2048) == 1024
-    tensors = draw(name, torch.bfloat16, "cuda", sizes)
-    assert_right(name, tensors, torch.bfloat16, "cuda", sizes)
+def test_several_tokens_of_a_group_are_right(name: str, device: str) -> None:
+    sizes = Sizes(2, 1100, 32, 64)
+    assert sum_groups(2200, 2048) == 1024
+    tensors = draw(name, torch.bfloat16, device, sizes)
+    assert_right(name, tensors, torch.bfloat16, device, sizes)
 
 
 @on_each_device
@@ -169,16 +169,17 @@ def test_a_final_state_continues_the_sequence(device: str) -> None:
 
 
 @on_each_device
-def test_any_subset_of_uses_gives_what_all_of_them_give(device: str) -> None:
-    tensors = draw("token_shift_mix", torch.float32, device)
-    right, given = truth("token_shift_mix", tensors, torch.float32)
-    op = make_op("token_shift_mix", torch.float32, device)
-    x = tensors["x"].requires_grad_()
+@pytest.mark.parametrize("name", ["token_shift_mix", "addcmul_mix"])
+def test_any_subset_of_uses_gives_what_all_of_them_give(name: str, device: str) -> None:
+    tensors = draw(name, torch.float32, device)
+    right, given = truth(name, tensors, torch.float32)
+    op = make_op(name, torch.float32, device)
+    of_tokens = {n: x.requires_grad_() for n, x in tensors.items() if not n.startswith("x_")}
     uses = "rwkvag"
     for wanted in ("k", "rg", "wkva"):
         mixes = {f"x_{use}": tensors[f"x_{use}"].requires_grad_() for use in wanted}
-        results = op(x, **mixes, initial_state=tensors["initial_state"])
-        assert results[6] is None
+        results = op(**of_tokens, **mixes)
+        assert all(y is None for y in results[6:])
         assert [use for use, y in zip(uses, results, strict=False) if y is not None] == [*wanted]
         places = [uses.index(use) for use in wanted]
         grads = torch.autograd.grad(
@@ -189,6 +190,38 @@ def test_any_subset_of_uses_gives_what_all_of_them_give(device: str) -> None:
         for use, at, grad in zip(wanted, places, grads, strict=True):
             assert relative_rms(results[at], right.outputs[at]) < 1e-6
             assert relative_rms(grad, right.gradients[f"x_{use}"]) < 2e-6
+
+
+@on_each_device
+def test_a_shift_given_as_a_difference_mixes_the_same(device: str) -> None:
+    tensors = draw("token_shift_mix", torch.float32, device)
+    mixed = make_op("token_shift_mix", torch.float32, device)(**tensors)
+    x, before = tensors["x"], tensors.pop("initial_state")[:, None]
+    delta = torch.cat([before, x[:, :-1]], 1) - x
+    given = make_op("addcmul_mix", torch.float32, device)(**tensors, delta=delta)
+    assert all(map(torch.equal, given, mixed[:6]))
+
+
+@on_each_device
+def test_the_key_that_is_added_is_the_same_alone(device: str) -> None:
+    tensors = draw("kk_pre", torch.float32, device)
+    new_k, _, _ = make_op("kk_pre", torch.float32, device)(**tensors)
+    k, a, k_a = tensors["k"].flatten(2), tensors["a"].flatten(2), tensors["k_a"]
+    update = make_op("k_update", torch.float32, device)
+    assert torch.equal(update(k, a, k_a), new_k.flatten(2))
+    assert torch.equal(update(k, torch.ones_like(a), k_a), k)
+
+
+@on_each_device
+def test_a_readout_is_a_group_norm_and_a_gate_output_correction(device: str) -> None:
+    tensors = draw("readout", torch.float32, device)
+    right, _ = truth("readout", tensors, torch.float32)
+    weight, bias = tensors.pop("weight"), tensors.pop("bias")
+    y = tensors.pop("y")
+    rows = y.reshape(-1, weight.shape[0])
+    normed = torch.nn.functional.group_norm(rows, y.shape[2], weight, bias, 64e-5).view_as(y)
+    out = make_op("gate_output_correction", torch.float32, device)(normed, **tensors)
+    assert relative_rms(out, right.outputs[0]) < 1e-6
 
 
 @on_each_device
@@ -344,6 +377,17 @@ REFUSED = [
     ("kk_pre", {"k_k": torch.randn(3, 20)}, r"kk_pre: k_k has shape \[3, 20\], but must be \[C\]"),
     ("kk_pre", {"k_a": torch.randn(40)}, r"kk_pre: k_a has C=40 in \[C\], but k has C=60"),
     ("kk_pre", {"k": torch.randn(2, 37, 3, 8)}, "kk_pre: k has N=8 .* the operator has head_size="),
+    (
+        "addcmul_mix",
+        {"delta": torch.randn(2, 36, 60)},
+        r"addcmul_mix: delta has T=36 in \[B, T, C\], but x has T=37",
+    ),
+    ("k_update", {"k_a": torch.randn(1, 60)}, r"k_a has shape \[1, 60\], but must be \[C\]"),
+    (
+        "gate_output_correction",
+        {"r_k": torch.randn(60)},
+        r"gate_output_correction: r_k has shape \[60\], but must be \[H, N\]",
+    ),
     ("readout", {"eps": -1.0}, "readout: eps is -1.0, but must be a number of at least 0"),
     ("readout", {"eps": "1"}, "readout: eps is '1', but must be a number"),
     (
@@ -377,6 +421,7 @@ def test_tensors_that_do_not_fit_are_refused(
         ("a_gate", {"head_size": 64}, "a_gate: has no head_size, but it is 64; leave it out"),
         ("a_gate", {"decay": "log"}, "a_gate: has no decay, but it is 'log'; leave it out"),
         ("a_gate", {"chunk_length": 16}, "a_gate: has no chunk_length, but it is 16"),
+        ("k_update", {"head_size": 64}, "k_update: has no head_size, but it is 64; leave it out"),
         ("kk_pre", {}, "kk_pre: head_size=None must be a whole number from 1 to 256"),
         ("kk_pre", {"head_size": 257}, "kk_pre: head_size=257 must be a whole number from 1 to"),
         ("readout", {"head_size": 64, "state_layout": "kv"}, "readout: has no state_layout"),
