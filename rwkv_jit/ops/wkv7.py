@@ -38,7 +38,7 @@ _PRODUCTS = TensorSpec(
 
 # On tensor cores, by what shared memory allows; the first that fits is used.
 _CHUNKED = (
-    Chunked(64, 64, forward=Block(16, 4, 2, 1, 207_360), backward=Block(16, 4, 4, 1, 212_992)),
+    Chunked(64, 64, forward=Block(16, 4, 2, 1, 207_360), backward=Block(8, 4, 2, 1, 212_992)),
     Chunked(64, 64, forward=Block(10, 4, 1, 1, 158_304), backward=Block(4, 4, 1, 1, 166_912)),
     Chunked(64, 32, forward=Block(7, 4, 1, 1, 79_152), backward=Block(4, 4, 2, 1, 91_136)),
     Chunked(128, 32, forward=Block(16, 8, 4, 1, 126_976), backward=Block(8, 8, 4, 1, 219_648)),
