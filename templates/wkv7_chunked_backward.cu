@@ -13,10 +13,12 @@
 // what does not cross cancels.
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <type_traits>
 
 //% include "prelude.h"
+#include "rwkv_jit/cuda/blocks.h"
 #include "rwkv_jit/cuda/element.cuh"
 //% include "element_types.h"
 #include "rwkv_jit/cuda/wkv7_chunk_gradient.cuh"
@@ -225,11 +227,9 @@ __device__ __forceinline__ void sync_team() {
   wait_at<TEAM * 32>(TEAM_BARRIER + threadIdx.x / 32 / TEAM);
 }
 
-// Asks the second-level cache for the checkpoint, and for the tensors of the span before it.
-__device__ __forceinline__ void prefetch_next(const Arguments& args, const Tokens& tokens,
-                                              int first, int64_t checkpoint) {
-  prefetch_checkpoint(args, checkpoint);
-  if (first < 0) return;
+// Asks the second-level cache for the tensors of a span.
+__device__ __forceinline__ void prefetch_span(const Arguments& args, const Tokens& tokens,
+                                              int first) {
   constexpr int LINE = 128 / sizeof(Element), LINES = N / LINE;  // of a row
   const auto prefetch_line = [&](int at) {
     const int64_t line = tokens.at(first + at / LINES) + at % LINES * LINE;
@@ -250,13 +250,35 @@ __device__ __forceinline__ void prefetch_next(const Arguments& args, const Token
   }
 }
 
-// Asks a team for the tensors of chunk `at` of the span at `first`.
-__device__ __forceinline__ void fetch_chunk(const Arguments& args, const Tokens& tokens, int first,
-                                            Shared& shared, int at) {
+// Asks a team for chunk `at` of the span at `first`: what D does not take through it, and dy.
+__device__ __forceinline__ void fetch_inputs(const Arguments& args, const Tokens& tokens, int first,
+                                             Shared& shared, int at) {
   const int thread = threadIdx.x % (TEAM * 32), token = first + at * TOKENS;
   fetch<TEAM * 32>(args, tokens, token, thread, shared.raw[at]);
   fetch_rows<TOKENS, TEAM * 32>(args.v, tokens, token, thread, &shared.v[at * TOKENS]);
-  fetch_rows<TOKENS, TEAM * 32>(args.dy, tokens, token, thread, &shared.dy[at * TOKENS]);
+}
+__device__ __forceinline__ void fetch_dy(const Arguments& args, const Tokens& tokens, int first,
+                                         Shared& shared, int at) {
+  fetch_rows<TOKENS, TEAM * 32>(args.dy, tokens, first + at * TOKENS, threadIdx.x % (TEAM * 32),
+                                &shared.dy[at * TOKENS]);
+}
+__device__ __forceinline__ void fetch_chunk(const Arguments& args, const Tokens& tokens, int first,
+                                            Shared& shared, int at) {
+  fetch_inputs(args, tokens, first, shared, at);
+  fetch_dy(args, tokens, first, shared, at);
+}
+
+// Takes D alone through the chunks of a span, and asks for the span before it.
+__device__ __forceinline__ void pass_span(const Arguments& args, const Tokens& tokens, int first,
+                                          Shared& shared, int chunks, State& d) {
+  const int team = threadIdx.x / 32 / TEAM;
+  for (int at = team; at < CHUNKS; at += TEAMS)
+    fetch_inputs(args, tokens, first - SPAN, shared, at);
+  for (int at = CHUNKS - 1; at >= 0 && team == 0; --at) {
+    if (at < chunks) pass_back(shared, at, d);
+    sync_team();  // its readers are done
+    fetch_dy(args, tokens, first - SPAN, shared, at);
+  }
 }
 
 // The gradients of a scanned chunk, by a team; then its tensors of the span before are asked for.
@@ -276,14 +298,23 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) backward_kernel(const Argumen
   Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
   const int warp = threadIdx.x / 32, own = warp / PARTS;  // the chunk that this warp prepares
   const int team = warp / TEAM, member = warp % TEAM;
-  const int64_t head = blockIdx.x % args.H;  // blocks are s * H + head
-  const Sequence sequence = find_sequence(args, blockIdx.x / args.H, SPAN);
-  const Tokens tokens = tokens_of(args, sequence, head);
+  // Blocks are (segment * S + s) * H + head.
+  const int heads = static_cast<int>(args.S * args.H), index = blockIdx.x % heads;
+  const int64_t head = index % args.H;
+  const Sequence sequence = find_sequence(args, index / args.H, SPAN);
+  Tokens tokens = tokens_of(args, sequence, head);
+  const Segment segment = find_segment((tokens.count + SPAN - 1) / SPAN, blockIdx.x / heads,
+                                       gridDim.x / heads);
+  if (segment.begin == segment.end && blockIdx.x >= heads) return;
+  tokens.start = tokens.at(segment.begin * SPAN);
+  tokens.count -= segment.begin * SPAN;
   const int spans = (tokens.count + SPAN - 1) / SPAN;
-  const int first_checkpoint = static_cast<int>(sequence.first_checkpoint * args.H + head);
+  const int own_end = (segment.end - segment.begin) * SPAN;
+  const int first_checkpoint =
+      static_cast<int>((sequence.first_checkpoint + segment.begin) * args.H + head);
 
   State d;
-  if (warp < STATE_WARPS) load_state(args.dfinal_state, blockIdx.x, d);
+  if (warp < STATE_WARPS) load_state(args.dfinal_state, index, d);
   for (int at = team; at < CHUNKS && spans > 0; at += TEAMS)
     fetch_chunk(args, tokens, (spans - 1) * SPAN, shared, at);
   for (int first = (spans - 1) * SPAN; first >= 0; first -= SPAN) {
@@ -291,10 +322,15 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) backward_kernel(const Argumen
     const int chunks = min(CHUNKS, (tokens.count - first + TOKENS - 1) / TOKENS);
     copies_done();
     __syncthreads();  // the tensors are there
-    prefetch_next(args, tokens, first - SPAN, checkpoint);
+    prefetch_checkpoint(args, checkpoint);
+    if (first > 0) prefetch_span(args, tokens, first - SPAN);
     prepare<DECAY, BOUNDED, PARTS>(args, tokens, first + own * TOKENS, shared.raw[own],
                                    shared.chunks[own], shared.partials[own], [] {});
     __syncthreads();  // the chunks are there
+    if (first >= own_end) {
+      pass_span(args, tokens, first, shared, chunks, d);
+      continue;
+    }
     if constexpr (TEAMS == 1) {
       scan_span_forward(args, checkpoint, shared, chunks);
       for (int at = chunks - 1; at >= 0; --at) {
@@ -325,11 +361,13 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) backward_kernel(const Argumen
     for (int at = chunks + team; at < CHUNKS && first > 0; at += TEAMS)
       fetch_chunk(args, tokens, first - SPAN, shared, at);
   }
-  if (warp < STATE_WARPS) store_state(d, args.dinitial_state, blockIdx.x);
+  if (warp < STATE_WARPS && segment.begin == 0) store_state(d, args.dinitial_state, index);
 }
 
 }  // namespace
 
 RWKV_JIT_EXPORT int rwkv_jit_launch(const Arguments* args) {
-  return launch<Shared>(backward_kernel, *args);
+  const int64_t heads = std::max<int64_t>(args->S * args->H, 1);
+  const int64_t segments = std::min<int64_t>(blocks_at_once(BLOCKS) / heads, MOST_SEGMENTS);
+  return launch<Shared>(backward_kernel, *args, std::max<int64_t>(segments, 1));
 }

@@ -19,7 +19,7 @@
 
 #include "cuda_runtime.h"
 
-emulator::Index threadIdx, blockIdx;
+emulator::Index threadIdx, blockIdx, gridDim;
 
 extern "C" {
 extern char __ehdr_start __attribute__((visibility("hidden")));
@@ -377,6 +377,7 @@ int run(Index blocks, unsigned count, size_t shared_bytes, void (*body)(void*), 
   thread_closure = closure;
   closure_size = closure_bytes;
   cells.clear();
+  gridDim = blocks;
   std::vector<unsigned> queue(blocks.x * blocks.y * blocks.z);
   for (size_t at = 0; at < queue.size(); ++at) queue[at] = at;
   std::shuffle(queue.begin(), queue.end(), order);

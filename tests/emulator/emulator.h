@@ -42,4 +42,4 @@ uint32_t to_tf32(float value);
 
 }  // namespace emulator
 
-extern emulator::Index threadIdx, blockIdx;
+extern emulator::Index threadIdx, blockIdx, gridDim;
