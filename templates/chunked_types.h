@@ -112,7 +112,7 @@ template <typename Rows>
 __device__ __forceinline__ void store_state_rows(const State& state, Rows& to) {
 #pragma unroll
   for (int step = 0; step < KEY_STEPS; ++step)
-    rwkv_jit::store_rows(rwkv_jit::to_operand(state[step]),
+    rwkv_jit::store_rows(rwkv_jit::to_operand(state[step][0], state[step][1]),
                          &to[own_value()][own_key() + 16 * step]);
 }
 

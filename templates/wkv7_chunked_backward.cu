@@ -63,46 +63,35 @@ __device__ __forceinline__ void triangle_gradient(Shared& shared, int at, int wh
   store_tile<PADDED>(sum[1], triangle_of(shared.chunks[at], which) + 8);
 }
 
-// Sixteen values of a state, by 8 TILES keys, as a first operand [key, value].
-__device__ __forceinline__ void load_keys(const Element* state, OperandA& keys) {
-  if constexpr (TILES == 2) {
-    load_transposed<ROW>(state, keys);
-  } else {
-    Columns<1> half;
-    load<ROW>(state, half);
-    keys = {half.at[0], {}, half.at[1], {}};
-  }
-}
-
-// Gradients of r, w, k, a and b for 8 TILES channels of a chunk, by this warp.
+// Gradients of r, w, k, a and b for sixteen channels of a chunk, by this warp.
 __device__ __forceinline__ void channel_gradients(const Arguments& args, const Tokens& tokens,
                                                   int first, Shared& shared, int at, int key) {
   const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
   const Scanned& scanned = shared.work.scanned[at % SCANNED];
-  Loaded<TILES> loaded;
+  Loaded loaded;
   loaded.load_from(shared.raw[at], key);
   const bool valid[2] = {first + g < tokens.count, first + g + 8 < tokens.count};
   const int64_t place = tokens.at(first + g) + key + 2 * q;
   const int stride = tokens.stride;
   const TokenSums sums;
-  Accumulator log_d[TILES], bounded[TILES];
+  Accumulator log_d[2], bounded[2];
   loaded.log2_decays<DECAY, BOUNDED>(
       is_wide(args.w_dtype) ? static_cast<const float*>(args.w) + place : nullptr, stride, valid,
       log_d);
 #pragma unroll
-  for (int x = 0; x < 4 * TILES; ++x) bounded[x / 4][x % 4] = log_d[x / 4][x % 4];
-  const Decays<TILES> decays = decays_of<DECAY, BOUNDED>(bounded);
+  for (int x = 0; x < 8; ++x) bounded[x / 4][x % 4] = log_d[x / 4][x % 4];
+  const Decays decays = decays_of<DECAY, BOUNDED>(bounded);
 
   // In the triangles.
-  Accumulator dr[TILES] = {}, da[TILES] = {}, dk[TILES] = {}, db[TILES] = {}, dw[TILES] = {};
+  Accumulator dr[2] = {}, da[2] = {}, dk[2] = {}, db[2] = {}, dw[2] = {};
   {
-    Accumulator from_middle[TILES], before[TILES], to_middle[TILES];
+    Accumulator from_middle[2], before[2], to_middle[2];
     exp2_of_sums(sums.from_middle(), decays.bounded, from_middle, to_middle);
     exp2_of_sums(sums.from_middle_before(), decays.bounded, before);
-    const Rows<TILES> r = scaled(loaded.r, from_middle), a = scaled(loaded.a, before),
-                      k = scaled(loaded.k, to_middle), b = scaled(loaded.b, to_middle);
+    const OperandA r = scaled(loaded.r, from_middle), a = scaled(loaded.a, before),
+                   k = scaled(loaded.k, to_middle), b = scaled(loaded.b, to_middle);
     OperandA left;
-    Columns<TILES> right = to_second(b), other = to_second(k);
+    OperandB right = to_second(b), other = to_second(k);
     load<PADDED>(triangle_of(shared.chunks[at], QB), left);
     add_product(dr, left, right);
     load<PADDED>(triangle_of(shared.chunks[at], AB), left);
@@ -122,13 +111,13 @@ __device__ __forceinline__ void channel_gradients(const Arguments& args, const T
     add_product(dk, left, other);
     // What crosses a token: rows at or after it (a: after it alone) from columns before it. What
     // does not cross cancels, as these are the very products.
-    Accumulator own[TILES] = {};
+    Accumulator own[2] = {};
     add_overlap(a, da, own);
     add_overlap(r, dr, dw);
     add_overlap<true>(k, dk, dw);
     add_overlap<true>(b, db, dw);
 #pragma unroll
-    for (int tile = 0; tile < TILES; ++tile)
+    for (int tile = 0; tile < 2; ++tile)
 #pragma unroll
       for (int odd = 0; odd < 2; ++odd) {
         float upper = dw[tile][odd] + own[tile][odd],
@@ -140,7 +129,7 @@ __device__ __forceinline__ void channel_gradients(const Arguments& args, const T
     // The triangles have the bounded decay; what crosses this token has its own in truth.
     if constexpr (!BOUNDED) {
 #pragma unroll
-      for (int x = 0; x < 4 * TILES; ++x)
+      for (int x = 0; x < 8; ++x)
         dw[x / 4][x % 4] *= exp2_fast(log_d[x / 4][x % 4] - fmaxf(log_d[x / 4][x % 4], STRONGEST));
     }
     scale(dr, from_middle);
@@ -154,14 +143,13 @@ __device__ __forceinline__ void channel_gradients(const Arguments& args, const T
   }
   // Against the states. What crosses a token: from states before it to rows at or after it (a:
   // after it alone), from columns before it to the state after the chunk, and from state to state.
-  Accumulator factors[TILES];
+  Accumulator factors[2];
   {
-    Accumulator dr_state[TILES] = {}, da_state[TILES] = {}, r_terms[TILES] = {},
-                a_terms[TILES] = {};
+    Accumulator dr_state[2] = {}, da_state[2] = {}, r_terms[2] = {}, a_terms[2] = {};
 #pragma unroll 2
     for (int step = 0; step < STEPS; ++step) {
       OperandA left;
-      Columns<TILES> right;
+      OperandB right;
       load<ROW>(&shared.work.state[at][16 * step][key], right);
       load<ROW>(&shared.dy[at * TOKENS][16 * step], left);
       add_product(dr_state, rounded(left), right);
@@ -179,19 +167,19 @@ __device__ __forceinline__ void channel_gradients(const Arguments& args, const T
     scale_and_add(da_state, factors, da);
     store_pairs(da_state, args.da, place, stride, valid);
   }
-  Accumulator overlap[TILES] = {};  // S0^T D
+  Accumulator overlap[2] = {};  // S0^T D
   {
-    Accumulator dk_state[TILES] = {}, db_state[TILES] = {}, terms[TILES] = {};
+    Accumulator dk_state[2] = {}, db_state[2] = {}, terms[2] = {};
 #pragma unroll 2
     for (int step = 0; step < STEPS; ++step) {
       OperandA left;
-      Columns<TILES> right;
+      OperandB right;
       load<ROW>(&scanned.d[16 * step][key], right);
       load<ROW>(&shared.v[at * TOKENS][16 * step], left);
       add_product(dk_state, rounded(left), right);
       load_transposed<PADDED>(&scanned.u[16 * step][0], left);
       add_product(db_state, left, right);
-      load_keys(&shared.work.state[at][16 * step][key], left);
+      load_transposed<ROW>(&shared.work.state[at][16 * step][key], left);
       add_product(overlap, left, right);
     }
     exp2_of_sums(sums.sum_after(), decays.log_d, factors);
@@ -203,10 +191,10 @@ __device__ __forceinline__ void channel_gradients(const Arguments& args, const T
     scale_and_add(db_state, factors, db);
     store_pairs(db_state, args.db, place, stride, valid);
   }
-  float through[TILES][2];
+  float through[2][2];
   diagonal(overlap, through);
 #pragma unroll
-  for (int tile = 0; tile < TILES; ++tile) {
+  for (int tile = 0; tile < 2; ++tile) {
     const float2 total =
         *reinterpret_cast<const float2*>(&shared.chunks[at].total[key + 8 * tile + 2 * q]);
 #pragma unroll
@@ -222,9 +210,9 @@ __device__ __forceinline__ void channel_gradients(const Arguments& args, const T
   }
 }
 
-// Waits for this warp's team.
-__device__ __forceinline__ void sync_team() {
-  wait_at<TEAM * 32>(TEAM_BARRIER + threadIdx.x / 32 / TEAM);
+// Waits for the group of STATE_WARPS warps.
+__device__ __forceinline__ void sync_group() {
+  wait_at<STATE_WARPS * 32>(GROUP_BARRIER + threadIdx.x / 32 / STATE_WARPS);
 }
 
 // Asks the second-level cache for the tensors of a span.
@@ -250,17 +238,19 @@ __device__ __forceinline__ void prefetch_span(const Arguments& args, const Token
   }
 }
 
-// Asks a team for chunk `at` of the span at `first`: what D does not take through it, and dy.
+// Asks a group for chunk `at` of the span at `first`: what D does not take through it, and dy.
 __device__ __forceinline__ void fetch_inputs(const Arguments& args, const Tokens& tokens, int first,
                                              Shared& shared, int at) {
-  const int thread = threadIdx.x % (TEAM * 32), token = first + at * TOKENS;
-  fetch<TEAM * 32>(args, tokens, token, thread, shared.raw[at]);
-  fetch_rows<TOKENS, TEAM * 32>(args.v, tokens, token, thread, &shared.v[at * TOKENS]);
+  constexpr int GROUP = STATE_WARPS * 32;
+  const int thread = threadIdx.x % GROUP, token = first + at * TOKENS;
+  fetch<GROUP>(args, tokens, token, thread, shared.raw[at]);
+  fetch_rows<TOKENS, GROUP>(args.v, tokens, token, thread, &shared.v[at * TOKENS]);
 }
 __device__ __forceinline__ void fetch_dy(const Arguments& args, const Tokens& tokens, int first,
                                          Shared& shared, int at) {
-  fetch_rows<TOKENS, TEAM * 32>(args.dy, tokens, first + at * TOKENS, threadIdx.x % (TEAM * 32),
-                                &shared.dy[at * TOKENS]);
+  constexpr int GROUP = STATE_WARPS * 32;
+  fetch_rows<TOKENS, GROUP>(args.dy, tokens, first + at * TOKENS, threadIdx.x % GROUP,
+                            &shared.dy[at * TOKENS]);
 }
 __device__ __forceinline__ void fetch_chunk(const Arguments& args, const Tokens& tokens, int first,
                                             Shared& shared, int at) {
@@ -271,25 +261,25 @@ __device__ __forceinline__ void fetch_chunk(const Arguments& args, const Tokens&
 // Takes D alone through the chunks of a span, and asks for the span before it.
 __device__ __forceinline__ void pass_span(const Arguments& args, const Tokens& tokens, int first,
                                           Shared& shared, int chunks, State& d) {
-  const int team = threadIdx.x / 32 / TEAM;
-  for (int at = team; at < CHUNKS; at += TEAMS)
+  const int group = threadIdx.x / 32 / STATE_WARPS;
+  for (int at = group; at < CHUNKS; at += GROUPS)
     fetch_inputs(args, tokens, first - SPAN, shared, at);
-  for (int at = CHUNKS - 1; at >= 0 && team == 0; --at) {
+  for (int at = CHUNKS - 1; at >= 0 && group == 0; --at) {
     if (at < chunks) pass_back(shared, at, d);
-    sync_team();  // its readers are done
+    sync_group();  // its readers are done
     fetch_dy(args, tokens, first - SPAN, shared, at);
   }
 }
 
-// The gradients of a scanned chunk, by a team; then its tensors of the span before are asked for.
+// The gradients of a scanned chunk, by a group; then its tensors of the span before are asked for.
 __device__ __forceinline__ void chunk_gradients(const Arguments& args, const Tokens& tokens,
                                                 int first, Shared& shared, int at) {
-  const int member = threadIdx.x / 32 % TEAM;
-  sync_team();  // the team's rows of what was scanned are there
+  const int member = threadIdx.x / 32 % STATE_WARPS;
+  sync_group();  // the group's rows of what was scanned are there
   if (member < TRIANGLES) triangle_gradient(shared, at, member);
-  sync_team();
-  channel_gradients(args, tokens, first + at * TOKENS, shared, at, member * 8 * TILES);
-  sync_team();  // its readers are done
+  sync_group();
+  channel_gradients(args, tokens, first + at * TOKENS, shared, at, member * 16);
+  sync_group();  // its readers are done
   if (first > 0) fetch_chunk(args, tokens, first - SPAN, shared, at);
 }
 
@@ -297,14 +287,14 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) backward_kernel(const Argumen
   extern __shared__ __align__(16) char shared_bytes[];
   Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
   const int warp = threadIdx.x / 32, own = warp / PARTS;  // the chunk that this warp prepares
-  const int team = warp / TEAM, member = warp % TEAM;
+  const int group = warp / STATE_WARPS;
   // Blocks are (segment * S + s) * H + head.
   const int heads = static_cast<int>(args.S * args.H), index = blockIdx.x % heads;
   const int64_t head = index % args.H;
   const Sequence sequence = find_sequence(args, index / args.H, SPAN);
   Tokens tokens = tokens_of(args, sequence, head);
-  const Segment segment = find_segment((tokens.count + SPAN - 1) / SPAN, blockIdx.x / heads,
-                                       gridDim.x / heads);
+  const Segment segment =
+      find_segment((tokens.count + SPAN - 1) / SPAN, blockIdx.x / heads, gridDim.x / heads);
   if (segment.begin == segment.end && blockIdx.x >= heads) return;
   tokens.start = tokens.at(segment.begin * SPAN);
   tokens.count -= segment.begin * SPAN;
@@ -314,8 +304,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) backward_kernel(const Argumen
       static_cast<int>((sequence.first_checkpoint + segment.begin) * args.H + head);
 
   State d;
-  if (warp < STATE_WARPS) load_state(args.dfinal_state, index, d);
-  for (int at = team; at < CHUNKS && spans > 0; at += TEAMS)
+  if (group == 0) load_state(args.dfinal_state, index, d);
+  for (int at = group; at < CHUNKS && spans > 0; at += GROUPS)
     fetch_chunk(args, tokens, (spans - 1) * SPAN, shared, at);
   for (int first = (spans - 1) * SPAN; first >= 0; first -= SPAN) {
     const int checkpoint = first_checkpoint + static_cast<int>(first / SPAN * args.H);
@@ -331,37 +321,35 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) backward_kernel(const Argumen
       pass_span(args, tokens, first, shared, chunks, d);
       continue;
     }
-    if constexpr (TEAMS == 1) {
+    if constexpr (GROUPS == 1) {
       scan_span_forward(args, checkpoint, shared, chunks);
       for (int at = chunks - 1; at >= 0; --at) {
         store_u(shared, at);
         scan_backward(args, tokens, first + at * TOKENS, shared, at, d);
         chunk_gradients(args, tokens, first, shared, at);
       }
-    } else if (team == 0) {
-      for (int at = chunks - 1; at >= 0 && member < STATE_WARPS; --at) {
+    } else if (group == 0) {
+      for (int at = chunks - 1; at >= 0; --at) {
         scan_backward(args, tokens, first + at * TOKENS, shared, at, d);
-        if (at >= OTHERS) arrive_at<SCANNED_THREADS>(SCANNED_BARRIER + at);
+        if (at >= OTHERS) arrive_at<THREADS>(SCANNED_BARRIER + at);
       }
       wait_at<THREADS>(U_BARRIER);
       for (int at = min(chunks, OTHERS) - 1; at >= 0; --at)
         chunk_gradients(args, tokens, first, shared, at);
     } else {
-      if (member < STATE_WARPS) scan_span_forward(args, checkpoint, shared, chunks);
-      if (TEAM > STATE_WARPS) sync_team();
-      for (int at = chunks - 1 - member / STATE_WARPS; at >= 0; at -= TEAM / STATE_WARPS)
-        store_u(shared, at);
+      scan_span_forward(args, checkpoint, shared, chunks);
+      for (int at = chunks - 1; at >= 0; --at) store_u(shared, at);
       arrive_at<THREADS>(U_BARRIER);
       for (int at = chunks - 1; at >= OTHERS; --at) {
-        wait_at<SCANNED_THREADS>(SCANNED_BARRIER + at);
+        wait_at<THREADS>(SCANNED_BARRIER + at);
         chunk_gradients(args, tokens, first, shared, at);
       }
     }
     // The last span may have fewer chunks than the one before it.
-    for (int at = chunks + team; at < CHUNKS && first > 0; at += TEAMS)
+    for (int at = chunks + group; at < CHUNKS && first > 0; at += GROUPS)
       fetch_chunk(args, tokens, first - SPAN, shared, at);
   }
-  if (warp < STATE_WARPS && segment.begin == 0) store_state(d, args.dinitial_state, index);
+  if (group == 0 && segment.begin == 0) store_state(d, args.dinitial_state, index);
 }
 
 }  // namespace

@@ -69,7 +69,7 @@ __device__ __forceinline__ void scan_chunk(const Arguments& args, const Tokens& 
   values = rounded(values);
 #pragma unroll
   for (int step = 0; step < STEPS; ++step) {
-    const OperandA rows = to_operand(state[step]);
+    const OperandA rows = to_operand(state[step][0], state[step][1]);
     load_transposed<ROW>(&chunk.w[0][16 * step], right);
     add_product(u, rows, right);  // S W^T
     load_transposed<ROW>(&chunk.r[0][16 * step], right);
@@ -78,7 +78,7 @@ __device__ __forceinline__ void scan_chunk(const Arguments& args, const Tokens& 
   load_transposed<PADDED>(&chunk.m[0][0], right);
   add_product(y, values, right);  // V^T M^T
   store_values(y, args.y, tokens, first);
-  step_state(state, chunk, values, chunk.k, to_operand(u), chunk.b);
+  step_state(state, chunk, values, chunk.k, to_operand(u[0], u[1]), chunk.b);
 }
 
 // Takes this warp's rows of the state through all chunks.

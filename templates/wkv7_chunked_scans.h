@@ -10,20 +10,17 @@ struct Scanned {
   Element dx[N][PADDED];  // dX
 };
 
-// A chunk's gradients are worked out by a team of warps, 8 TILES channels each: few where there are
-// many warps, which then have fewer registers. Of two teams one takes D back through the chunks
-// while the other takes S through them; then that one works out the gradients of the chunks from
-// OTHERS on, as soon as D has come through each, and the first team those of the chunks before.
-constexpr int TILES = WARPS > 8 ? 1 : 2;
-constexpr int TEAM = N / (8 * TILES), TEAMS = WARPS / TEAM;
-static_assert(WARPS == TEAMS * TEAM && TEAMS <= 2 && TEAM % STATE_WARPS == 0);
+// With twice the warps that the state needs, one half takes D back through the chunks while the
+// other takes S through them; then that one works out the gradients of the chunks from OTHERS on,
+// as soon as D has come through each, and the first half those of the chunks before.
+constexpr int GROUPS = WARPS / STATE_WARPS;
+static_assert(WARPS == GROUPS * STATE_WARPS && GROUPS <= 2);
 static_assert(WARPS == CHUNKS * PARTS);
-constexpr int OTHERS = CHUNKS / 2, SCANNED = TEAMS == 1 ? 1 : CHUNKS;
-// Numbered barriers, after those of the chunks: of a team, that S and U of all chunks are there,
+constexpr int OTHERS = CHUNKS / 2, SCANNED = GROUPS == 1 ? 1 : CHUNKS;
+// Numbered barriers, after those of the chunks: of a group, that S and U of all chunks are there,
 // and that D and dX of a chunk are.
-constexpr int TEAM_BARRIER = 1 + CHUNKS, U_BARRIER = TEAM_BARRIER + TEAMS;
+constexpr int GROUP_BARRIER = 1 + CHUNKS, U_BARRIER = GROUP_BARRIER + GROUPS;
 constexpr int SCANNED_BARRIER = U_BARRIER + 1;
-constexpr int SCANNED_THREADS = (STATE_WARPS + TEAM) * 32;
 static_assert(SCANNED_BARRIER + CHUNKS <= 16);
 
 struct Work {
@@ -59,9 +56,9 @@ __device__ __forceinline__ void scan_forward(Shared& shared, int at, State& stat
 #pragma unroll
   for (int step = 0; step < STEPS; ++step) {
     load_transposed<ROW>(&chunk.w[0][16 * step], right);
-    add_product(u, to_operand(state[step]), right);
+    add_product(u, to_operand(state[step][0], state[step][1]), right);
   }
-  step_state(state, chunk, values, chunk.k, to_operand(u), chunk.b);
+  step_state(state, chunk, values, chunk.k, to_operand(u[0], u[1]), chunk.b);
 }
 
 // A block's spans of a sequence: [begin, end).
@@ -122,7 +119,7 @@ __device__ __forceinline__ void scan_backward(const Arguments& args, const Token
   dy = rounded(dy);
 #pragma unroll
   for (int step = 0; step < STEPS; ++step) {
-    const OperandA rows = to_operand(d[step]);
+    const OperandA rows = to_operand(d[step][0], d[step][1]);
     store_rows(rows, &to.d[own_value()][16 * step]);
     load_transposed<ROW>(&chunk.b[0][16 * step], right);
     add_product(e, rows, right);
@@ -132,11 +129,11 @@ __device__ __forceinline__ void scan_backward(const Arguments& args, const Token
   load<PADDED>(&chunk.m[0][0], right);
   add_product(dv, dy, right);
   store_values(dv, args.dv, tokens, first);
-  step_state(d, chunk, dy, chunk.r, to_operand(e), chunk.w);
+  step_state(d, chunk, dy, chunk.r, to_operand(e[0], e[1]), chunk.w);
   load<PADDED>(&chunk.qb[0][0], right);
   add_product(e, dy, right);  // dU
   load_transposed<SOLVED>(chunk.solved[0], right);
-  add_product(dx, to_operand(e), right);
+  add_product(dx, to_operand(e[0], e[1]), right);
   store_tile<PADDED>(dx[0], &to.dx[own_value()][0]);
   store_tile<PADDED>(dx[1], &to.dx[own_value()][8]);
 }
@@ -151,9 +148,9 @@ __device__ __forceinline__ void pass_back(const Shared& shared, int at, State& d
 #pragma unroll
   for (int step = 0; step < STEPS; ++step) {
     load_transposed<ROW>(&chunk.b[0][16 * step], right);
-    add_product(e, to_operand(d[step]), right);
+    add_product(e, to_operand(d[step][0], d[step][1]), right);
   }
-  step_state(d, chunk, rounded(dy), chunk.r, to_operand(e), chunk.w);
+  step_state(d, chunk, rounded(dy), chunk.r, to_operand(e[0], e[1]), chunk.w);
 }
 
 // The state through a span's chunks.

@@ -23,7 +23,7 @@ __device__ __forceinline__ void step_state(State& state, const Chunk& chunk, con
 __device__ __forceinline__ void store_values(const Accumulator (&values)[2], void* to,
                                              const Tokens& tokens, int first) {
   const int token = first + threadIdx.x % 32 / 4;
-  const OperandB rows = to_second(to_rows<stored>(values));
+  const OperandB rows = to_second(to_operand<stored>(values[0], values[1]));
   Element* place = static_cast<Element*>(to) + tokens.at(token) + own_value() + threadIdx.x % 4 * 2;
 #pragma unroll
   for (int part = 0; part < 4; ++part)

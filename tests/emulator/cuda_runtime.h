@@ -162,26 +162,19 @@ inline void mma_sync_aligned_m16n8k8_row_col_f32_tf32_tf32_f32(float& c0, float&
                                                                uint32_t b0, uint32_t b1) {
   mma(c0, c1, c2, c3, {a0, a1, a2, a3}, {b0, b1}, emulator::Operands::TF32);
 }
-template <bool TRANSPOSED, typename... Results>
-void ldmatrix(uint32_t from, Results&... results) {
-  uint32_t to[sizeof...(results)], *next = to;
-  emulator::load_matrices(to, sizeof...(results), from, TRANSPOSED);
-  ((results = *next++), ...);
-}
-inline void ldmatrix_sync_aligned_m8n8_x2_shared_b16(uint32_t& d0, uint32_t& d1, uint32_t from) {
-  ldmatrix<false>(from, d0, d1);
-}
-inline void ldmatrix_sync_aligned_m8n8_x2_trans_shared_b16(uint32_t& d0, uint32_t& d1,
-                                                           uint32_t from) {
-  ldmatrix<true>(from, d0, d1);
+inline void ldmatrix(uint32_t& d0, uint32_t& d1, uint32_t& d2, uint32_t& d3, uint32_t from,
+                     bool transposed) {
+  uint32_t to[4];
+  emulator::load_matrices(to, from, transposed);
+  d0 = to[0], d1 = to[1], d2 = to[2], d3 = to[3];
 }
 inline void ldmatrix_sync_aligned_m8n8_x4_shared_b16(uint32_t& d0, uint32_t& d1, uint32_t& d2,
                                                      uint32_t& d3, uint32_t from) {
-  ldmatrix<false>(from, d0, d1, d2, d3);
+  ldmatrix(d0, d1, d2, d3, from, false);
 }
 inline void ldmatrix_sync_aligned_m8n8_x4_trans_shared_b16(uint32_t& d0, uint32_t& d1, uint32_t& d2,
                                                            uint32_t& d3, uint32_t from) {
-  ldmatrix<true>(from, d0, d1, d2, d3);
+  ldmatrix(d0, d1, d2, d3, from, true);
 }
 inline void movmatrix_sync_aligned_m8n8_trans_b16(uint32_t& to, uint32_t from) {
   to = emulator::transpose_matrix(from);

@@ -507,16 +507,15 @@ void mma(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Operan
   std::memcpy(sum, own.result, sizeof sum);
 }
 
-void load_matrices(uint32_t* to, int count, uint32_t address, bool transposed) {
+void load_matrices(uint32_t (&to)[4], uint32_t address, bool transposed) {
   Thread& own = threads[current];
   const char* const base = static_cast<char*>(shared_memory());
-  const bool has_row = static_cast<int>(lane()) < count * 8;
-  if (has_row && address % 16 != 0) fail("ldmatrix from an address that is no multiple of 16");
-  if (IS_CHECKED && has_row) check(base + address, 16, false, true);
+  if (address % 16 != 0) fail("ldmatrix from an address that is no multiple of 16");
+  if (IS_CHECKED) check(base + address, 16, false, true);
   own.words[0] = address;
   meet(~0u, transposed ? "ldmatrix.trans" : "ldmatrix", [&](const std::vector<unsigned>& lanes) {
     const unsigned warp = lanes[0];
-    for (int matrix = 0; matrix < count; ++matrix) {
+    for (int matrix = 0; matrix < 4; ++matrix) {
       uint16_t elements[8][8];
       for (int row = 0; row < 8; ++row)
         std::memcpy(elements[row], base + threads[warp + matrix * 8 + row].words[0], 16);
@@ -528,7 +527,7 @@ void load_matrices(uint32_t* to, int count, uint32_t address, bool transposed) {
       }
     }
   });
-  std::memcpy(to, own.result, count * sizeof *to);
+  std::memcpy(to, own.result, sizeof to);
 }
 
 uint32_t transpose_matrix(uint32_t pair) {

@@ -27,8 +27,7 @@ uint32_t match_any(uint32_t mask, uint32_t value);
 // sum += a b, of sixteen columns of a, or of eight of tf32.
 enum class Operands { HALF, BFLOAT16, TF32 };
 void mma(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Operands operands);
-// One, two or four 8 x 8 matrices; lane l has the address of row l.
-void load_matrices(uint32_t* to, int count, uint32_t shared_address, bool transposed);
+void load_matrices(uint32_t (&to)[4], uint32_t shared_address, bool transposed);
 uint32_t transpose_matrix(uint32_t pair);
 void copy_async(uint32_t to, const void* from, int bytes);
 void wait_for_copies();

@@ -32,12 +32,10 @@ __device__ __forceinline__ Packed scaled(Packed pair, const Accumulator& factors
 }
 
 // Rows of tokens times factors, as a first operand [token, channel] or a second [channel, token].
-template <int TILES>
-__device__ __forceinline__ Rows<TILES> scaled(const Rows<TILES>& rows,
-                                              const Accumulator (&factors)[TILES]) {
-  Rows<TILES> to;
+__device__ __forceinline__ OperandA scaled(const OperandA& rows, const Accumulator (&factors)[2]) {
+  OperandA to;
 #pragma unroll
-  for (int at = 0; at < 2 * TILES; ++at) to.at[at] = scaled(rows.at[at], factors[at / 2], at % 2);
+  for (int at = 0; at < 4; ++at) to.at[at] = scaled(rows.at[at], factors[at / 2], at % 2);
   return to;
 }
 __device__ __forceinline__ OperandB scaled(const OperandB& rows, const Accumulator (&factors)[2]) {
@@ -64,10 +62,9 @@ __device__ __forceinline__ void store_rows(const OperandB& rows, Element* to) {
 }
 
 // Such rows as accumulators.
-template <int TILES>
-__device__ __forceinline__ void widen(const Rows<TILES>& rows, Accumulator (&to)[TILES]) {
+__device__ __forceinline__ void widen(const OperandA& rows, Accumulator (&to)[2]) {
 #pragma unroll
-  for (int at = 0; at < 2 * TILES; ++at) {
+  for (int at = 0; at < 4; ++at) {
     to[at / 2][at % 2 * 2] = low_of(rows.at[at]);
     to[at / 2][at % 2 * 2 + 1] = high_of(rows.at[at]);
   }
@@ -106,23 +103,21 @@ __device__ __forceinline__ void running_sum_back(float& upper, float& lower) {
 }
 
 // Writes a gradient [token, channel] of such pairs.
-template <int TILES>
-__device__ __forceinline__ void store_pairs(const Accumulator (&values)[TILES], void* to,
-                                            int64_t at, int token_stride, const bool (&valid)[2]) {
+__device__ __forceinline__ void store_pairs(const Accumulator (&values)[2], void* to, int64_t at,
+                                            int token_stride, const bool (&valid)[2]) {
   Element* first = static_cast<Element*>(to) + at;
 #pragma unroll
-  for (int part = 0; part < 2 * TILES; ++part)
+  for (int part = 0; part < 4; ++part)
     if (valid[part % 2])
       *reinterpret_cast<Packed*>(first + part % 2 * 8 * token_stride + part / 2 * 8) =
           stored(values[part / 2][part % 2 * 2], values[part / 2][part % 2 * 2 + 1]);
 }
-template <int TILES>
-__device__ __forceinline__ void store_wide_pairs(const Accumulator (&values)[TILES], void* to,
+__device__ __forceinline__ void store_wide_pairs(const Accumulator (&values)[2], void* to,
                                                  int64_t at, int token_stride,
                                                  const bool (&valid)[2]) {
   float* first = static_cast<float*>(to) + at;
 #pragma unroll
-  for (int part = 0; part < 2 * TILES; ++part)
+  for (int part = 0; part < 4; ++part)
     if (valid[part % 2])
       *reinterpret_cast<float2*>(first + part % 2 * 8 * token_stride + part / 2 * 8) =
           make_float2(values[part / 2][part % 2 * 2], values[part / 2][part % 2 * 2 + 1]);
@@ -152,44 +147,38 @@ __device__ __forceinline__ void store_wide_tokens(const Accumulator (&values)[2]
 }
 
 // Gradients times factors, and others added, elementwise.
-template <int TILES>
-__device__ __forceinline__ void scale(Accumulator (&gradient)[TILES],
-                                      const Accumulator (&factors)[TILES]) {
+__device__ __forceinline__ void scale(Accumulator (&gradient)[2], const Accumulator (&factors)[2]) {
 #pragma unroll
-  for (int at = 0; at < 4 * TILES; ++at) gradient[at / 4][at % 4] *= factors[at / 4][at % 4];
+  for (int at = 0; at < 8; ++at) gradient[at / 4][at % 4] *= factors[at / 4][at % 4];
 }
-template <int TILES>
-__device__ __forceinline__ void scale_and_add(Accumulator (&gradient)[TILES],
-                                              const Accumulator (&factors)[TILES],
-                                              const Accumulator (&others)[TILES]) {
+__device__ __forceinline__ void scale_and_add(Accumulator (&gradient)[2],
+                                              const Accumulator (&factors)[2],
+                                              const Accumulator (&others)[2]) {
 #pragma unroll
-  for (int at = 0; at < 4 * TILES; ++at)
+  for (int at = 0; at < 8; ++at)
     gradient[at / 4][at % 4] =
         fmaf(gradient[at / 4][at % 4], factors[at / 4][at % 4], others[at / 4][at % 4]);
 }
 
 // sum += rows * gradients (or less them), elementwise.
-template <bool MINUS = false, int TILES>
-__device__ __forceinline__ void add_overlap(const Rows<TILES>& rows,
-                                            const Accumulator (&gradient)[TILES],
-                                            Accumulator (&sum)[TILES]) {
-  Accumulator wide[TILES];
+template <bool MINUS = false>
+__device__ __forceinline__ void add_overlap(const OperandA& rows, const Accumulator (&gradient)[2],
+                                            Accumulator (&sum)[2]) {
+  Accumulator wide[2];
   widen(rows, wide);
 #pragma unroll
-  for (int tile = 0; tile < TILES; ++tile)
+  for (int tile = 0; tile < 2; ++tile)
 #pragma unroll
     for (int at = 0; at < 4; ++at)
       sum[tile][at] =
           fmaf(MINUS ? -wide[tile][at] : wide[tile][at], gradient[tile][at], sum[tile][at]);
 }
 
-// The diagonal of a matrix of channels, for this lane's, [tile, odd].
-template <int TILES>
-__device__ __forceinline__ void diagonal(const Accumulator (&matrix)[TILES],
-                                         float (&to)[TILES][2]) {
+// The diagonal of a matrix of sixteen channels, for this lane's four, [tile, odd].
+__device__ __forceinline__ void diagonal(const Accumulator (&matrix)[2], float (&to)[2][2]) {
   const int q = threadIdx.x % 4;
 #pragma unroll
-  for (int tile = 0; tile < TILES; ++tile)
+  for (int tile = 0; tile < 2; ++tile)
 #pragma unroll
     for (int odd = 0; odd < 2; ++odd)
       to[tile][odd] = __shfl_sync(0xffffffffu, matrix[tile][2 * tile + odd], (2 * q + odd) * 4 + q);

@@ -78,13 +78,12 @@ __device__ __forceinline__ void load_wide_decay(const void* from, const Tokens& 
 }
 
 // Values in two parts, which together keep 16 bits of them or, of fp16 and tf32, 22.
-template <int TILES = 2>
 struct Split {
-  Columns<TILES> high, low;
+  OperandB high, low;
 };
 
-__device__ __forceinline__ Split<> split(const float (&values)[8]) {
-  Split<> parts;
+__device__ __forceinline__ Split split(const float (&values)[8]) {
+  Split parts;
 #pragma unroll
   for (int at = 0; at < 4; ++at) {
     const float x = values[2 * at], y = values[2 * at + 1];
@@ -96,17 +95,16 @@ __device__ __forceinline__ Split<> split(const float (&values)[8]) {
 }
 
 // The same of a product's tiles.
-template <int TILES>
-__device__ __forceinline__ Split<TILES> split(const Accumulator (&values)[TILES]) {
-  const Rows<TILES> high = to_operand(values);
-  Accumulator rest[TILES];
+__device__ __forceinline__ Split split(const Accumulator (&values)[2]) {
+  const OperandA high = to_operand(values[0], values[1]);
+  Accumulator rest[2];
 #pragma unroll
-  for (int part = 0; part < 2 * TILES; ++part) {
+  for (int part = 0; part < 4; ++part) {
     const int tile = part / 2, row = part % 2 * 2;
     rest[tile][row] = values[tile][row] - low_of(high.at[part]);
     rest[tile][row + 1] = values[tile][row + 1] - high_of(high.at[part]);
   }
-  return {to_second(high), to_second(to_operand(rest))};
+  return {to_second(high), to_second(to_operand(rest[0], rest[1]))};
 }
 
 // Matrices [16 x 16] of 0 and 1 (or -1) that sum over a chunk's tokens: row t is the sum over
@@ -164,72 +162,63 @@ struct TokenSums {
   }
 };
 
-template <int TILES>
-__device__ __forceinline__ void add_product(Accumulator (&sum)[TILES], const OperandA& a,
-                                            const Split<TILES>& b) {
+__device__ __forceinline__ void add_product(Accumulator (&sum)[2], const OperandA& a,
+                                            const OperandB& b) {
+  add_product(sum[0], sum[1], a, b);
+}
+__device__ __forceinline__ void add_product(Accumulator (&sum)[2], const OperandA& a,
+                                            const Split& b) {
   add_product(sum, a, b.high);
   add_product(sum, a, b.low);
 }
 
-// log2 d of some channels of a chunk; in the triangles it is bounded from below.
-template <int TILES = 2>
+// log2 d of sixteen channels of a chunk; in the triangles it is bounded from below.
 struct Decays {
-  Split<TILES> log_d, bounded;
+  Split log_d, bounded;
 };
 
 __device__ __forceinline__ void bound(float (&log2_d)[8]) {
 #pragma unroll
   for (int at = 0; at < 8; ++at) log2_d[at] = fmaxf(log2_d[at], STRONGEST);
 }
-template <int TILES>
-__device__ __forceinline__ void bound(Accumulator (&log2_d)[TILES]) {
+__device__ __forceinline__ void bound(Accumulator (&log2_d)[2]) {
 #pragma unroll
-  for (int at = 0; at < 4 * TILES; ++at)
-    log2_d[at / 4][at % 4] = fmaxf(log2_d[at / 4][at % 4], STRONGEST);
+  for (int at = 0; at < 8; ++at) log2_d[at / 4][at % 4] = fmaxf(log2_d[at / 4][at % 4], STRONGEST);
 }
 
 // log2_d is bounded on the way, if it is not BOUNDED as it is.
-template <DecayKind KIND, bool BOUNDED = KIND == LOGIT, int TILES, typename Values>
-__device__ __forceinline__ Decays<TILES> decays_of_tiles(Values& log2_d) {
-  const Split<TILES> log_d = split(log2_d);
+template <DecayKind KIND, bool BOUNDED = KIND == LOGIT, typename Values>
+__device__ __forceinline__ Decays decays_of(Values& log2_d) {
+  const Split log_d = split(log2_d);
   if constexpr (BOUNDED) return {log_d, log_d};
   bound(log2_d);
   return {log_d, split(log2_d)};
 }
-template <DecayKind KIND, bool BOUNDED = KIND == LOGIT>
-__device__ __forceinline__ Decays<> decays_of(float (&log2_d)[8]) {
-  return decays_of_tiles<KIND, BOUNDED, 2>(log2_d);
-}
-template <DecayKind KIND, bool BOUNDED = KIND == LOGIT, int TILES>
-__device__ __forceinline__ Decays<TILES> decays_of(Accumulator (&log2_d)[TILES]) {
-  return decays_of_tiles<KIND, BOUNDED, TILES>(log2_d);
-}
 
 // exp2 of sums over tokens, or with INVERSE 1 over it.
-template <bool INVERSE = false, int TILES>
-__device__ __forceinline__ void exp2_of_sums(const OperandA& sums, const Split<TILES>& decays,
-                                             Accumulator (&factors)[TILES]) {
+template <bool INVERSE = false>
+__device__ __forceinline__ void exp2_of_sums(const OperandA& sums, const Split& decays,
+                                             Accumulator (&factors)[2]) {
 #pragma unroll
-  for (int tile = 0; tile < TILES; ++tile)
+  for (int tile = 0; tile < 2; ++tile)
 #pragma unroll
     for (int at = 0; at < 4; ++at) factors[tile][at] = 0.0f;
   add_product(factors, sums, decays);
 #pragma unroll
-  for (int tile = 0; tile < TILES; ++tile)
+  for (int tile = 0; tile < 2; ++tile)
 #pragma unroll
     for (int at = 0; at < 4; ++at)
       factors[tile][at] = exp2_fast(INVERSE ? -factors[tile][at] : factors[tile][at]);
 }
 
 // Both.
-template <int TILES>
-__device__ __forceinline__ void exp2_of_sums(const OperandA& sums, const Split<TILES>& decays,
-                                             Accumulator (&factors)[TILES],
-                                             Accumulator (&inverses)[TILES]) {
-  Accumulator logs[TILES] = {};
+__device__ __forceinline__ void exp2_of_sums(const OperandA& sums, const Split& decays,
+                                             Accumulator (&factors)[2],
+                                             Accumulator (&inverses)[2]) {
+  Accumulator logs[2] = {};
   add_product(logs, sums, decays);
 #pragma unroll
-  for (int at = 0; at < 4 * TILES; ++at) {
+  for (int at = 0; at < 8; ++at) {
     factors[at / 4][at % 4] = exp2_fast(logs[at / 4][at % 4]);
     inverses[at / 4][at % 4] = exp2_fast(-logs[at / 4][at % 4]);
   }

@@ -23,20 +23,16 @@ using Packed = Pair<Element>;
 
 // A 16 x 8 product: (g, 2q), (g, 2q + 1), (g + 8, 2q), (g + 8, 2q + 1).
 using Accumulator = float[4];
-// Sixteen rows of 8 TILES columns, in pairs of columns: of each tile (g, 2q and 2q + 1), then
-// (g + 8, those). Two tiles are a first operand.
-template <int TILES>
-struct Rows {
-  Packed at[2 * TILES];
+// A 16 x 16 first operand, in pairs of columns: (g, left), (g + 8, left), (g, right),
+// (g + 8, right), where left is columns 2q and 2q + 1, right is those and eight.
+struct OperandA {
+  Packed at[4];
 };
-using OperandA = Rows<2>;
-// The same, in pairs of rows, for a second operand: of each tile (2q and 2q + 1, g), then (those
-// and eight, g).
-template <int TILES>
-struct Columns {
-  Packed at[2 * TILES];
+// A 16 x 16 second operand, in pairs of rows: (upper, g), (lower, g), (upper, g + 8),
+// (lower, g + 8), where upper is rows 2q and 2q + 1, lower is those and eight.
+struct OperandB {
+  Packed at[4];
 };
-using OperandB = Columns<2>;
 
 __device__ __forceinline__ float low_of(Packed pair) { return load_pair<Element>(pair).x; }
 __device__ __forceinline__ float high_of(Packed pair) { return load_pair<Element>(pair).y; }
@@ -94,11 +90,11 @@ __device__ __forceinline__ void mma(Accumulator& sum, const float2 (&a)[4], floa
   mma(sum, a[2], a[3], b_lower);
 }
 
-template <int TILES>
-__device__ __forceinline__ void add_product(Accumulator (&sum)[TILES], const OperandA& a,
-                                            const Columns<TILES>& b) {
-#pragma unroll
-  for (int tile = 0; tile < TILES; ++tile) mma(sum[tile], a.at, b.at[2 * tile], b.at[2 * tile + 1]);
+// sum += a b, sum's columns in two tiles.
+__device__ __forceinline__ void add_product(Accumulator& left, Accumulator& right,
+                                            const OperandA& a, const OperandB& b) {
+  mma(left, a.at, b.at[0], b.at[1]);
+  mma(right, a.at, b.at[2], b.at[3]);
 }
 
 // An accumulator as it lies in memory, as it is or rounded to bf16.
@@ -117,18 +113,11 @@ __device__ __forceinline__ void get(uint2 from, Accumulator& to) {
   to[0] = upper.x, to[1] = upper.y, to[2] = lower.x, to[3] = lower.y;
 }
 
-// Tiles side by side, in pairs that PAIR makes.
-template <Packed (*PAIR)(float, float), int TILES>
-__device__ __forceinline__ Rows<TILES> to_rows(const Accumulator (&tiles)[TILES]) {
-  Rows<TILES> rows;
-#pragma unroll
-  for (int at = 0; at < 2 * TILES; ++at)
-    rows.at[at] = PAIR(tiles[at / 2][at % 2 * 2], tiles[at / 2][at % 2 * 2 + 1]);
-  return rows;
-}
-template <int TILES>
-__device__ __forceinline__ Rows<TILES> to_operand(const Accumulator (&tiles)[TILES]) {
-  return to_rows<pack>(tiles);
+// Two tiles side by side, rounded to an operand or, where PAIR is `stored`, as a tensor has them.
+template <Packed (*PAIR)(float, float) = pack>
+__device__ __forceinline__ OperandA to_operand(const Accumulator& left, const Accumulator& right) {
+  return {PAIR(left[0], left[1]), PAIR(left[2], left[3]), PAIR(right[0], right[1]),
+          PAIR(right[2], right[3])};
 }
 
 // Pairs of a tensor as a product takes them.
@@ -139,13 +128,13 @@ __device__ __forceinline__ Pairs rounded(Pairs pairs) {
   return pairs;
 }
 
-// The 8 x 8 matrices of a 16 x 16 block, or of its left half: left ones first, or (not DOWN) upper
-// ones first; each transposed if TURNED.
-template <int STRIDE, bool DOWN, bool TURNED, int COUNT>
-__device__ __forceinline__ void load_matrices(const float* block, float2 (&to)[COUNT]) {
+// The four 8 x 8 matrices of a 16 x 16 block: left ones first, or (not DOWN) upper ones
+// first; each transposed if TURNED.
+template <int STRIDE, bool DOWN, bool TURNED>
+__device__ __forceinline__ void load_matrices(const float* block, float2 (&to)[4]) {
   const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
 #pragma unroll
-  for (int at = 0; at < COUNT; ++at) {
+  for (int at = 0; at < 4; ++at) {
     const int row = DOWN ? at % 2 * 8 : at / 2 * 8, column = DOWN ? at / 2 * 8 : at % 2 * 8;
     const float* matrix = block + row * STRIDE + column;
     if constexpr (TURNED) {
@@ -160,22 +149,13 @@ __device__ __forceinline__ void load_matrices(const float* block, float2 (&to)[C
     }
   }
 }
-template <int STRIDE, bool DOWN, bool TURNED, int COUNT>
-__device__ __forceinline__ void load_matrices(const Element* block, uint32_t (&to)[COUNT]) {
-  static_assert(COUNT == 4 || (COUNT == 2 && DOWN));
+template <int STRIDE, bool DOWN, bool TURNED>
+__device__ __forceinline__ void load_matrices(const Element* block, uint32_t (&to)[4]) {
   const int lane = threadIdx.x % 32;
   const int row = DOWN ? lane % 16 : lane % 8 + lane / 16 * 8;
   const int column = DOWN ? lane / 16 * 8 : lane / 8 % 2 * 8;
   const uint32_t from = shared_address(block + row * STRIDE + column);
-  if constexpr (COUNT == 2 && TURNED) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(to[0]), "=r"(to[1])
-                 : "r"(from));
-  } else if constexpr (COUNT == 2) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(to[0]), "=r"(to[1])
-                 : "r"(from));
-  } else if constexpr (TURNED) {
+  if constexpr (TURNED) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                  : "r"(from));
@@ -186,17 +166,17 @@ __device__ __forceinline__ void load_matrices(const Element* block, uint32_t (&t
   }
 }
 
-// The 16 x 16 block at `block`, rows STRIDE apart, or its left half or transpose, as an operand.
-template <int STRIDE, int TILES>
-__device__ __forceinline__ void load(const Element* block, Rows<TILES>& a) {
+// The 16 x 16 block at `block`, rows STRIDE apart, or its transpose, as an operand.
+template <int STRIDE>
+__device__ __forceinline__ void load(const Element* block, OperandA& a) {
   load_matrices<STRIDE, true, false>(block, a.at);
 }
 template <int STRIDE>
 __device__ __forceinline__ void load_transposed(const Element* block, OperandA& a) {
   load_matrices<STRIDE, false, true>(block, a.at);
 }
-template <int STRIDE, int TILES>
-__device__ __forceinline__ void load(const Element* block, Columns<TILES>& b) {
+template <int STRIDE>
+__device__ __forceinline__ void load(const Element* block, OperandB& b) {
   load_matrices<STRIDE, true, true>(block, b.at);
 }
 template <int STRIDE>
@@ -220,12 +200,8 @@ __device__ __forceinline__ float2 turned(float2 pair) {
   const float other = __shfl_sync(0xffffffffu, odd ? pair.x : pair.y, odd ? from : from + 4);
   return odd ? make_float2(other, one) : make_float2(one, other);
 }
-template <int TILES>
-__device__ __forceinline__ Columns<TILES> to_second(const Rows<TILES>& rows) {
-  Columns<TILES> to;
-#pragma unroll
-  for (int at = 0; at < 2 * TILES; ++at) to.at[at] = turned(rows.at[at]);
-  return to;
+__device__ __forceinline__ OperandB to_second(const OperandA& a) {
+  return {turned(a.at[0]), turned(a.at[1]), turned(a.at[2]), turned(a.at[3])};
 }
 
 // Waits at a numbered barrier for THREADS threads to come, or to have passed arrive_at.

@@ -73,7 +73,7 @@ class TokenFactors {
       bounded[2 * at + 1] = high_of(log2_d_.high.at[at]) + high_of(log2_d_.low.at[at]);
     }
     bound(bounded);
-    const Split<> parts = split(bounded);
+    const Split parts = split(bounded);
     exp2_of_sums(TokenSums().from_middle_before(), parts, rows);
     exp2_of_sums<true>(TokenSums().from_middle(), parts, columns);
   }
@@ -84,7 +84,7 @@ class TokenFactors {
   }
 
  private:
-  Split<> log2_d_;
+  Split log2_d_;
 };
 
 // The same from a table, for `count` tokens that are there.

@@ -152,7 +152,7 @@ __device__ __forceinline__ void scale_by_half(const Accumulator (&inside)[2],
 // triangles, by sums from the middle; of the latter 1 over it, too, where it is wanted.
 template <bool BOUNDED, typename... Inverse>
 __device__ __forceinline__ void factors_of(const OperandA& sums, const OperandA& from_middle,
-                                           const Decays<>& decays, const Accumulator (&halves)[2],
+                                           const Decays& decays, const Accumulator (&halves)[2],
                                            Accumulator (&factors)[2], Accumulator (&inside)[2],
                                            Inverse&... inverse) {
   if constexpr (!BOUNDED) exp2_of_sums(sums, decays.log_d, factors);
@@ -224,7 +224,7 @@ __device__ __forceinline__ void prepare(const Args& args, const Tokens& tokens, 
     for (int at = 0; at < 8; ++at)
       log_d[at] =
           first + operand_token(at) < tokens.count ? log2_decay<KIND, BOUNDED>(log_d[at]) : 0.0f;
-    const Decays<> decays = decays_of<KIND, BOUNDED>(log_d);
+    const Decays decays = decays_of<KIND, BOUNDED>(log_d);
 
     OperandA a, r;
     Accumulator inside[2], inverse[2], factors[2], halves[2];
@@ -306,16 +306,16 @@ __device__ __forceinline__ void prepare(const Args& args, const Tokens& tokens, 
     OperandB rows;
     load<ROW>(&chunk.w[0][channel], rows);
     add_product(w, inverse, rows);
-    const OperandA rounded = to_operand(w);
+    const OperandA rounded = to_operand(w[0], w[1]);
     kept_rows(&chunk.r[0][channel], state_r[step], r);
     kept_rows(&chunk.k[0][channel], state_k[step], k);
     __syncwarp();  // every lane has read what lies where W, R' and K'' come
     store_rows(rounded, &chunk.w[0][channel]);
     add_product(r, qb, to_second(rounded));
-    store_rows(to_operand(r), &chunk.r[0][channel]);
+    store_rows(to_operand(r[0], r[1]), &chunk.r[0][channel]);
     load<ROW>(&chunk.b[0][channel], rows);
     add_product(k, g_transposed, rows);
-    store_rows(to_operand(k), &chunk.k[0][channel]);
+    store_rows(to_operand(k[0], k[1]), &chunk.k[0][channel]);
   }
 }
 

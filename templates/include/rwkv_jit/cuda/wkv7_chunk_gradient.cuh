@@ -1,14 +1,13 @@
 #pragma once
-// Gradients of one chunk of wkv7, 8 TILES of its channels to a warp, from its state S0, the
+// Gradients of one chunk of wkv7, sixteen of its channels to a warp, from its state S0, the
 // gradient D of the state after it, and the gradients of the four triangles.
 #include "rwkv_jit/cuda/wkv7_chunk.cuh"
 
 namespace rwkv_jit {
 
-// 8 TILES channels of a chunk's tensors, [token, channel].
-template <int TILES>
+// Sixteen channels of a chunk's tensors, [token, channel].
 struct Loaded {
-  Rows<TILES> r, k, a, b, w;
+  OperandA r, k, a, b, w;
 
   __device__ __forceinline__ void load_from(const Raw& raw, int channel) {
     load<ROW>(&raw.r[0][channel], r);
@@ -23,12 +22,12 @@ struct Loaded {
   template <DecayKind KIND, bool BOUNDED>
   __device__ __forceinline__ void log2_decays(const float* wide, int token_stride,
                                               const bool (&valid)[2],
-                                              Accumulator (&log_d)[TILES]) const {
+                                              Accumulator (&log_d)[2]) const {
     if (wide == nullptr) {
       widen(w, log_d);
     } else {
 #pragma unroll
-      for (int part = 0; part < 2 * TILES; ++part) {
+      for (int part = 0; part < 4; ++part) {
         float2 pair = make_float2(0.0f, 0.0f);
         if (valid[part % 2])
           pair = __ldg(
@@ -38,7 +37,7 @@ struct Loaded {
       }
     }
 #pragma unroll
-    for (int at = 0; at < 4 * TILES; ++at) {
+    for (int at = 0; at < 8; ++at) {
       float& x = log_d[at / 4][at % 4];
       x = valid[at / 2 % 2] ? log2_decay<KIND, BOUNDED>(x) : 0.0f;
     }
