@@ -145,7 +145,7 @@ __device__ __forceinline__ void channel_gradients(const Arguments& args, const T
   // after it alone), from columns before it to the state after the chunk, and from state to state.
   Accumulator factors[2];
   {
-    Accumulator dr_state[2] = {}, da_state[2] = {}, r_terms[2] = {}, a_terms[2] = {};
+    Accumulator dr_state[2] = {}, da_state[2] = {}, terms[2] = {};
 #pragma unroll 2
     for (int step = 0; step < STEPS; ++step) {
       OperandA left;
@@ -157,15 +157,17 @@ __device__ __forceinline__ void channel_gradients(const Arguments& args, const T
       add_product(da_state, left, right);
     }
     exp2_of_sums(sums.sum_up_to(), decays.log_d, factors);
-    add_overlap(scaled(loaded.r, factors), dr_state, r_terms);
-    add_product(dw, sums.sum_from(), split(r_terms));
-    scale_and_add(dr_state, factors, dr);
-    store_pairs(dr_state, args.dr, place, stride, valid);
+    scale(dr_state, factors);
+    add_overlap(loaded.r, dr_state, terms);
+    add(terms, dw);
+    add(dr_state, dr);
+    store_pairs(dr, args.dr, place, stride, valid);
     exp2_of_sums(sums.sum_before(), decays.log_d, factors);
-    add_overlap(scaled(loaded.a, factors), da_state, a_terms);
-    add_product(dw, sums.sum_after(), split(a_terms));
-    scale_and_add(da_state, factors, da);
-    store_pairs(da_state, args.da, place, stride, valid);
+    scale(da_state, factors);
+    add_overlap(loaded.a, da_state, terms);
+    add_product(dw, sums.sum_after(), split(terms));
+    add(da_state, da);
+    store_pairs(da, args.da, place, stride, valid);
   }
   Accumulator overlap[2] = {};  // S0^T D
   {
@@ -183,13 +185,15 @@ __device__ __forceinline__ void channel_gradients(const Arguments& args, const T
       add_product(overlap, left, right);
     }
     exp2_of_sums(sums.sum_after(), decays.log_d, factors);
-    add_overlap(scaled(loaded.k, factors), dk_state, terms);
-    add_overlap(scaled(loaded.b, factors), db_state, terms);
+    scale(dk_state, factors);
+    scale(db_state, factors);
+    add_overlap(loaded.k, dk_state, terms);
+    add_overlap(loaded.b, db_state, terms);
     add_product(dw, sums.sum_before(), split(terms));
-    scale_and_add(dk_state, factors, dk);
-    store_pairs(dk_state, args.dk, place, stride, valid);
-    scale_and_add(db_state, factors, db);
-    store_pairs(db_state, args.db, place, stride, valid);
+    add(dk_state, dk);
+    store_pairs(dk, args.dk, place, stride, valid);
+    add(db_state, db);
+    store_pairs(db, args.db, place, stride, valid);
   }
   float through[2][2];
   diagonal(overlap, through);

@@ -160,6 +160,12 @@ __device__ __forceinline__ void scale_and_add(Accumulator (&gradient)[2],
         fmaf(gradient[at / 4][at % 4], factors[at / 4][at % 4], others[at / 4][at % 4]);
 }
 
+// to += from.
+__device__ __forceinline__ void add(const Accumulator (&from)[2], Accumulator (&to)[2]) {
+#pragma unroll
+  for (int at = 0; at < 8; ++at) to[at / 4][at % 4] += from[at / 4][at % 4];
+}
+
 // sum += rows * gradients (or less them), elementwise.
 template <bool MINUS = false>
 __device__ __forceinline__ void add_overlap(const OperandA& rows, const Accumulator (&gradient)[2],
