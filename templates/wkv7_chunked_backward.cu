@@ -63,9 +63,36 @@ __device__ __forceinline__ void triangle_gradient(Shared& shared, int at, int wh
   store_tile<PADDED>(sum[1], triangle_of(shared.chunks[at], which) + 8);
 }
 
-// Gradients of r, w, k, a and b for sixteen channels of a chunk, by this warp.
+// Waits for the group of STATE_WARPS warps.
+__device__ __forceinline__ void sync_group() {
+  wait_at<STATE_WARPS * 32>(GROUP_BARRIER + threadIdx.x / 32 / STATE_WARPS);
+}
+
+// Asks a group for chunk `at` of the span at `first`: what D does not take through it, and dy.
+__device__ __forceinline__ void fetch_inputs(const Arguments& args, const Tokens& tokens, int first,
+                                             Shared& shared, int at) {
+  constexpr int GROUP = STATE_WARPS * 32;
+  const int thread = threadIdx.x % GROUP, token = first + at * TOKENS;
+  fetch<GROUP>(args, tokens, token, thread, shared.raw[at]);
+  fetch_rows<TOKENS, GROUP>(args.v, tokens, token, thread, &shared.v[at * TOKENS]);
+}
+__device__ __forceinline__ void fetch_dy(const Arguments& args, const Tokens& tokens, int first,
+                                         Shared& shared, int at) {
+  constexpr int GROUP = STATE_WARPS * 32;
+  fetch_rows<TOKENS, GROUP>(args.dy, tokens, first + at * TOKENS, threadIdx.x % GROUP,
+                            &shared.dy[at * TOKENS]);
+}
+__device__ __forceinline__ void fetch_chunk(const Arguments& args, const Tokens& tokens, int first,
+                                            Shared& shared, int at) {
+  fetch_inputs(args, tokens, first, shared, at);
+  fetch_dy(args, tokens, first, shared, at);
+}
+
+// Gradients of r, w, k, a and b for sixteen channels of chunk `at` of a span, by this warp. On the
+// way, as soon as its group is done with the chunk's tensors, those of the span before are asked for.
 __device__ __forceinline__ void channel_gradients(const Arguments& args, const Tokens& tokens,
-                                                  int first, Shared& shared, int at, int key) {
+                                                  int span, Shared& shared, int at, int key) {
+  const int first = span + at * TOKENS;
   const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
   const Scanned& scanned = shared.work.scanned[at % SCANNED];
   Loaded loaded;
@@ -184,6 +211,8 @@ __device__ __forceinline__ void channel_gradients(const Arguments& args, const T
       load_transposed<ROW>(&shared.work.state[at][16 * step][key], left);
       add_product(overlap, left, right);
     }
+    sync_group();  // the readers of the chunk's tensors and of what was scanned are done
+    if (span > 0) fetch_chunk(args, tokens, span - SPAN, shared, at);
     exp2_of_sums(sums.sum_after(), decays.log_d, factors);
     scale(dk_state, factors);
     scale(db_state, factors);
@@ -214,11 +243,6 @@ __device__ __forceinline__ void channel_gradients(const Arguments& args, const T
   }
 }
 
-// Waits for the group of STATE_WARPS warps.
-__device__ __forceinline__ void sync_group() {
-  wait_at<STATE_WARPS * 32>(GROUP_BARRIER + threadIdx.x / 32 / STATE_WARPS);
-}
-
 // Asks the second-level cache for the tensors of a span.
 __device__ __forceinline__ void prefetch_span(const Arguments& args, const Tokens& tokens,
                                               int first) {
@@ -242,26 +266,6 @@ __device__ __forceinline__ void prefetch_span(const Arguments& args, const Token
   }
 }
 
-// Asks a group for chunk `at` of the span at `first`: what D does not take through it, and dy.
-__device__ __forceinline__ void fetch_inputs(const Arguments& args, const Tokens& tokens, int first,
-                                             Shared& shared, int at) {
-  constexpr int GROUP = STATE_WARPS * 32;
-  const int thread = threadIdx.x % GROUP, token = first + at * TOKENS;
-  fetch<GROUP>(args, tokens, token, thread, shared.raw[at]);
-  fetch_rows<TOKENS, GROUP>(args.v, tokens, token, thread, &shared.v[at * TOKENS]);
-}
-__device__ __forceinline__ void fetch_dy(const Arguments& args, const Tokens& tokens, int first,
-                                         Shared& shared, int at) {
-  constexpr int GROUP = STATE_WARPS * 32;
-  fetch_rows<TOKENS, GROUP>(args.dy, tokens, first + at * TOKENS, threadIdx.x % GROUP,
-                            &shared.dy[at * TOKENS]);
-}
-__device__ __forceinline__ void fetch_chunk(const Arguments& args, const Tokens& tokens, int first,
-                                            Shared& shared, int at) {
-  fetch_inputs(args, tokens, first, shared, at);
-  fetch_dy(args, tokens, first, shared, at);
-}
-
 // Takes D alone through the chunks of a span, and asks for the span before it.
 __device__ __forceinline__ void pass_span(const Arguments& args, const Tokens& tokens, int first,
                                           Shared& shared, int chunks, State& d) {
@@ -275,16 +279,14 @@ __device__ __forceinline__ void pass_span(const Arguments& args, const Tokens& t
   }
 }
 
-// The gradients of a scanned chunk, by a group; then its tensors of the span before are asked for.
+// The gradients of a scanned chunk, by a group.
 __device__ __forceinline__ void chunk_gradients(const Arguments& args, const Tokens& tokens,
                                                 int first, Shared& shared, int at) {
   const int member = threadIdx.x / 32 % STATE_WARPS;
   sync_group();  // the group's rows of what was scanned are there
   if (member < TRIANGLES) triangle_gradient(shared, at, member);
   sync_group();
-  channel_gradients(args, tokens, first + at * TOKENS, shared, at, member * 16);
-  sync_group();  // its readers are done
-  if (first > 0) fetch_chunk(args, tokens, first - SPAN, shared, at);
+  channel_gradients(args, tokens, first, shared, at, member * 16);
 }
 
 __global__ void __launch_bounds__(THREADS, BLOCKS) backward_kernel(const Arguments args) {
