@@ -102,15 +102,32 @@ __device__ __forceinline__ void running_sum_back(float& upper, float& lower) {
   upper += __shfl_sync(0xffffffffu, lower, lane % 4);
 }
 
+// Writes a row's pairs of two tiles, of which the left one's place is `to`. Two lanes give each other
+// one of 16-bit values, so that a row's are one sector of memory, written at once.
+__device__ __forceinline__ void store_row(const Packed& left, const Packed& right, Element* to,
+                                          bool valid) {
+  if constexpr (IS_FP32) {
+    if (!valid) return;
+    *reinterpret_cast<Packed*>(to) = left;
+    *reinterpret_cast<Packed*>(to + 8) = right;
+  } else {
+    const bool is_right = threadIdx.x % 2;
+    const Packed got = __shfl_xor_sync(0xffffffffu, is_right ? left : right, 1);
+    if (valid)
+      *reinterpret_cast<uint2*>(to + (is_right ? 6 : 0)) =
+          is_right ? make_uint2(got, right) : make_uint2(left, got);
+  }
+}
+
 // Writes a gradient [token, channel] of such pairs.
 __device__ __forceinline__ void store_pairs(const Accumulator (&values)[2], void* to, int64_t at,
                                             int token_stride, const bool (&valid)[2]) {
   Element* first = static_cast<Element*>(to) + at;
 #pragma unroll
-  for (int part = 0; part < 4; ++part)
-    if (valid[part % 2])
-      *reinterpret_cast<Packed*>(first + part % 2 * 8 * token_stride + part / 2 * 8) =
-          stored(values[part / 2][part % 2 * 2], values[part / 2][part % 2 * 2 + 1]);
+  for (int row = 0; row < 2; ++row)
+    store_row(stored(values[0][2 * row], values[0][2 * row + 1]),
+              stored(values[1][2 * row], values[1][2 * row + 1]), first + row * 8 * token_stride,
+              valid[row]);
 }
 __device__ __forceinline__ void store_wide_pairs(const Accumulator (&values)[2], void* to,
                                                  int64_t at, int token_stride,
