@@ -104,15 +104,16 @@ __device__ __forceinline__ void running_sum_back(float& upper, float& lower) {
 
 // Writes a row's pairs of two tiles, of which the left one's place is `to`. Two lanes give each other
 // one of 16-bit values, so that a row's are one sector of memory, written at once.
-__device__ __forceinline__ void store_row(const Packed& left, const Packed& right, Element* to,
+template <typename Pair>
+__device__ __forceinline__ void store_row(const Pair& left, const Pair& right, Element* to,
                                           bool valid) {
   if constexpr (IS_FP32) {
     if (!valid) return;
-    *reinterpret_cast<Packed*>(to) = left;
-    *reinterpret_cast<Packed*>(to + 8) = right;
+    *reinterpret_cast<Pair*>(to) = left;
+    *reinterpret_cast<Pair*>(to + 8) = right;
   } else {
     const bool is_right = threadIdx.x % 2;
-    const Packed got = __shfl_xor_sync(0xffffffffu, is_right ? left : right, 1);
+    const Pair got = __shfl_xor_sync(0xffffffffu, is_right ? left : right, 1);
     if (valid)
       *reinterpret_cast<uint2*>(to + (is_right ? 6 : 0)) =
           is_right ? make_uint2(got, right) : make_uint2(left, got);
