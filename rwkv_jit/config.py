@@ -14,6 +14,8 @@ DECAYS = ("loglog", "logit", "log", "factor")
 STATE_LAYOUTS = ("vk", "kv")
 # The states that the forward keeps for the backward: in the dtype that is computed in, or rounded.
 CHECKPOINT_DTYPES = ("accumulator", "bf16")
+# What results are computed to: float32's own, or with operands of products rounded to tf32.
+PRECISIONS = ("float32", "tf32")
 ENTRIES = ("forward", "backward", "decode", "prefill")
 MAX_HEAD_SIZE = 256
 DEFAULT_CHUNK_LENGTH = 16
@@ -26,7 +28,7 @@ _SLUG = re.compile(
     r"_(?P<dtype>bf16|fp16|fp32|fp64)(?:_l(?P<chunk_length>\d+))?"
     r"_(?P<arch>sm\d+[af]?|x86_64_v\d|aarch64)"
     r"(?:_(?P<decay>logit|log|factor))?(?:_s(?P<state_dtype>bf16|fp16|fp32|fp64))?(?P<layout>_kv)?"
-    r"(?:_c(?P<checkpoint_dtype>bf16))?(?P<bounded>_bounded)?",
+    r"(?:_c(?P<checkpoint_dtype>bf16))?(?:_(?P<precision>tf32))?(?P<bounded>_bounded)?",
     # Digits of other scripts are no part of an identifier.
     re.ASCII,
 )
@@ -50,6 +52,7 @@ class OpConfig:
     state_dtype: of initial_state and final_state.
     state_layout: order of the state's last two axes, "vk" (value, key) or "kv".
     checkpoint_dtype: of the states kept for the backward, one of CHECKPOINT_DTYPES.
+    precision: what a float32 operator may round operands of products to, one of PRECISIONS.
     bounded: whether the caller says that log d is nowhere below `bounded_from(dtype)`.
 
     Raises ConfigError for values outside these sets. Which combinations an operator has kernels
@@ -65,6 +68,7 @@ class OpConfig:
     state_dtype: str = "fp32"
     state_layout: str = "vk"
     checkpoint_dtype: str = "accumulator"
+    precision: str = "float32"
     bounded: bool = False
 
     def __post_init__(self) -> None:
@@ -73,6 +77,7 @@ class OpConfig:
         _choose(self.op, "state_dtype", self.state_dtype, DTYPES)
         _choose(self.op, "state_layout", self.state_layout, STATE_LAYOUTS)
         _choose(self.op, "checkpoint_dtype", self.checkpoint_dtype, CHECKPOINT_DTYPES)
+        _choose(self.op, "precision", self.precision, PRECISIONS)
         for name, value in (("head_size", self.head_size), ("chunk_length", self.chunk_length)):
             if type(value) is not int or not 0 <= value <= MAX_HEAD_SIZE:
                 raise not_a_size(self.op, name, value)
@@ -82,8 +87,9 @@ class OpConfig:
     @property
     def slug(self) -> str:
         """The configuration as a C identifier, e.g. `wkv7_n64_bf16_l16_sm90a`; without heads and
-        chunks `a_gate_bf16_sm90a`. What differs from the default decay, state dtype, state layout
-        and checkpoint dtype follows the architecture, and last that decays are bounded."""
+        chunks `a_gate_bf16_sm90a`. What differs from the default decay, state dtype, state layout,
+        checkpoint dtype and precision follows the architecture, and last that decays are
+        bounded."""
         parts = [
             self.op,
             f"_n{self.head_size}" if self.head_size else "",
@@ -94,6 +100,7 @@ class OpConfig:
             "" if self.state_dtype == default_state_dtype(self.dtype) else f"_s{self.state_dtype}",
             "" if self.state_layout == "vk" else f"_{self.state_layout}",
             "" if self.checkpoint_dtype == "accumulator" else f"_c{self.checkpoint_dtype}",
+            "" if self.precision == "float32" else f"_{self.precision}",
             "_bounded" if self.bounded else "",
         ]
         return "".join(parts)
@@ -102,6 +109,11 @@ class OpConfig:
     def decays_are_bounded(self) -> bool:
         """Whether they are, be it declared or by what w means."""
         return self.bounded or self.decay == "logit"
+
+    @property
+    def rounded_to(self) -> str:
+        """What operands of products may be rounded to: "tf32" or the dtype."""
+        return self.dtype if self.precision == "float32" else self.precision
 
     @classmethod
     def parse(cls, slug: str) -> OpConfig:
@@ -121,6 +133,7 @@ class OpConfig:
             state_dtype=match["state_dtype"] or default_state_dtype(match["dtype"]),
             state_layout="kv" if match["layout"] else "vk",
             checkpoint_dtype=match["checkpoint_dtype"] or "accumulator",
+            precision=match["precision"] or "float32",
             bounded=match["bounded"] is not None,
         )
 

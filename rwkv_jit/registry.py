@@ -40,6 +40,7 @@ def get_op(  # type: ignore[overload-overlap]
     decay: str = "loglog",
     state_dtype: torch.dtype | None = None,
     state_layout: str = "vk",
+    precision: str = "float32",
     lower_bound: float | None = None,
     build: str = "auto",
 ) -> ServingOp: ...
@@ -89,6 +90,7 @@ def get_op(
     state_dtype: torch.dtype | None = None,
     state_layout: str = "vk",
     checkpoint_dtype: torch.dtype | None = None,
+    precision: str = "float32",
     lower_bound: float | None = None,
     build: str = "auto",
 ) -> Op: ...
@@ -106,6 +108,7 @@ def get_op(
     state_dtype: torch.dtype | None = None,
     state_layout: str = "vk",
     checkpoint_dtype: torch.dtype | None = None,
+    precision: str = "float32",
     lower_bound: float | None = None,
     build: str = "auto",
 ) -> Op | ServingOp:
@@ -130,6 +133,10 @@ def get_op(
     checkpoint_dtype: of the states that the forward keeps for the backward, which `op.info()`
         counts; None is float32 (float64 for float64). bfloat16, for tensor-core kernels, halves
         their memory and rounds what the gradients are made of once more.
+    precision: what float32 operators may round operands of products to: "float32", nothing, or
+        "tf32", ten bits of mantissa, for which wkv7 and wkv7_prefill have kernels on tensor cores
+        (head size 64, compute capability 8.0, 9.0 and 10.0). It is permission, no demand: where no
+        kernel makes use of it, as with other dtypes and on a CPU, nothing is rounded so.
     lower_bound: what you know log d to be at least, for every token; -0.61 for decays like those of
         "logit", which needs no saying. From -8 on tensor-core kernels are a few per cent faster,
         and take a decay below e^-8 for that; float16 has such kernels from -0.61 on alone, and
@@ -143,7 +150,7 @@ def get_op(
     """
     return _get_op(
         name, head_size, dtype, chunk_length, device, arch, decay, state_dtype, state_layout,
-        checkpoint_dtype, lower_bound, build, _current_gpu(),
+        checkpoint_dtype, precision, lower_bound, build, _current_gpu(),
     )  # fmt: skip
 
 
@@ -165,6 +172,7 @@ def _get_op(
     state_dtype: torch.dtype | None,
     state_layout: str,
     checkpoint_dtype: torch.dtype | None,
+    precision: str,
     lower_bound: float | None,
     build: str,
     current_gpu: int | None,
@@ -189,9 +197,10 @@ def _get_op(
         state_dtype=default_state_dtype(short) if state_dtype is None else dtype_name(state_dtype),
         state_layout=state_layout,
         checkpoint_dtype="accumulator" if kept in (None, default_state_dtype(short)) else kept,
+        precision=precision,
         bounded=is_bounded(name, short, lower_bound),
     )
-    config = spec.without_idle_bound(config)
+    config = spec.without_idle(config)
     spec.check(config)
     if build != "auto":
         KERNELS.set_policy(config.slug, build)

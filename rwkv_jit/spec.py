@@ -14,7 +14,8 @@ from .errors import ConfigError
 LAUNCHER_ABI = 1
 # Fields of OpConfig that not every operator has. The sizes among them are 0 where it has not.
 SIZES = ("head_size", "chunk_length")
-KNOBS = (*SIZES, "decay", "state_dtype", "state_layout", "checkpoint_dtype", "bounded")
+RECURRENCE_KNOBS = (*SIZES, "decay", "state_dtype", "state_layout", "checkpoint_dtype", "bounded")
+KNOBS = (*RECURRENCE_KNOBS, "precision")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +84,7 @@ class KernelVariant:
     checkpoint_dtypes: what those may be stored in.
     uses_bound: whether it is another kernel where decays are declared to be bounded.
     needs_bound: whether it is for bounded decays alone.
+    needs_tf32: whether it rounds operands of products to tf32, for which it must be allowed to.
     """
 
     entry: str
@@ -98,6 +100,7 @@ class KernelVariant:
     checkpoint_dtypes: tuple[str, ...] = ("accumulator",)
     uses_bound: bool = False
     needs_bound: bool = False
+    needs_tf32: bool = False
 
     def runs_on(self, arch: str) -> bool:
         """Whether this variant's kernel runs on `arch`."""
@@ -126,7 +129,7 @@ class OpSpec:
     saved_outputs: tuple[str, ...]
     variants: tuple[KernelVariant, ...] = field(repr=False)
     decays: tuple[str, ...] = ("loglog",)
-    knobs: tuple[str, ...] = KNOBS
+    knobs: tuple[str, ...] = RECURRENCE_KNOBS
 
     @property
     def called(self) -> EntrySpec:
@@ -158,6 +161,7 @@ class OpSpec:
                 and config.chunk_length in variant.chunk_lengths
                 and config.checkpoint_dtype in variant.checkpoint_dtypes
                 and (config.decays_are_bounded or not variant.needs_bound)
+                and (config.precision == "tf32" or not variant.needs_tf32)
             ):
                 return variant
         raise ConfigError(self._refusal(config, here))
@@ -183,11 +187,16 @@ class OpSpec:
                 f"{self.name}: state_dtype={config.state_dtype!r} does not go with "
                 f"dtype={config.dtype!r}; float64 operators keep float64 states, others do not"
             )
-        if config != self.without_idle_bound(config):
-            raise ConfigError(
-                f"{self.name}: a bound on the decays changes nothing in kernels like "
-                f"{config.slug}; leave it out"
-            )
+        used = self.without_idle(config)
+        for idle, what in (
+            (config.precision != used.precision, f"precision={config.precision!r}"),
+            (config.bounded != used.bounded, "a bound on the decays"),
+        ):
+            if idle:
+                raise ConfigError(
+                    f"{self.name}: {what} changes nothing in kernels like {config.slug}; "
+                    "leave it out"
+                )
         spacings = {self.checkpoint_spacing(config, entry) for entry in self.entries}
         assert len(spacings) == 1, "both entries share the checkpoints"
 
@@ -201,12 +210,16 @@ class OpSpec:
         )
         return replace(plain, **{name: getattr(config, name) for name in self.knobs})
 
-    def without_idle_bound(self, config: OpConfig) -> OpConfig:
-        """`config`, not bounded where that makes no other kernel: "logit" is bounded as it is."""
-        if not config.bounded:
-            return config
-        used = any(self.variant(config, entry).uses_bound for entry in self.entries)
-        return replace(config, bounded=used and config.decay != "logit")
+    def without_idle(self, config: OpConfig) -> OpConfig:
+        """`config` less what is allowed or declared but makes no other kernel: tf32 where none
+        rounds to it, bounds where none uses them or with "logit", which is bounded as it is."""
+        if config.precision == "tf32" and "precision" in self.knobs:
+            used = any(self.variant(config, entry).needs_tf32 for entry in self.entries)
+            config = replace(config, precision="tf32" if used else "float32")
+        if config.bounded:
+            used = any(self.variant(config, entry).uses_bound for entry in self.entries)
+            config = replace(config, bounded=used and config.decay != "logit")
+        return config
 
     def checkpoint_spacing(self, config: OpConfig, entry: str) -> int:
         """Tokens between two state checkpoints."""

@@ -135,11 +135,11 @@ __device__ __forceinline__ void prefetch_checkpoint(const Args& args, int64_t in
     rwkv_jit::prefetch(state + at);
 }
 
-// One block for a sequence and head.
+// So many blocks for a sequence and head.
 template <typename Shared>
-int launch(void (*kernel)(Arguments), const Arguments& args) {
+int launch(void (*kernel)(Arguments), const Arguments& args, int64_t each = 1) {
   static_assert(sizeof(Shared) == SHARED_BYTES, "the spec knows how much it is");
-  const int64_t blocks = args.S * args.H;
+  const int64_t blocks = args.S * args.H * each;
   if (blocks == 0) return cudaSuccess;
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES);

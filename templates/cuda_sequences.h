@@ -1,4 +1,5 @@
 // Which sequence and head a block of a forward has, the longest sequences first.
+#include "rwkv_jit/cuda/blocks.h"
 #include "rwkv_jit/cuda/longest_first.cuh"
 #include "rwkv_jit/states.h"
 
@@ -40,7 +41,8 @@ __device__ __forceinline__ Work find_work(const Arguments& args, int64_t index,
 inline Arguments begin_forward(const Arguments& given, int64_t blocks, int at_once) {
   Arguments args = given;
   const auto stream = static_cast<cudaStream_t>(args.stream);
-  if (args.cu_seqlens == nullptr || !rwkv_jit::exceeds(blocks, at_once)) args.order = nullptr;
+  if (args.cu_seqlens == nullptr || blocks <= rwkv_jit::blocks_at_once(at_once))
+    args.order = nullptr;
   if (args.order != nullptr)
     rwkv_jit::order_kernel<<<1, rwkv_jit::ORDER_THREADS, 0, stream>>>(args);
   // Tokens without a sequence, and so without a block that sees to them.

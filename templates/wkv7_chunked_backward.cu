@@ -13,10 +13,12 @@
 // what does not cross cancels.
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <type_traits>
 
 //% include "prelude.h"
+#include "rwkv_jit/cuda/blocks.h"
 #include "rwkv_jit/cuda/element.cuh"
 //% include "element_types.h"
 #include "rwkv_jit/cuda/wkv7_chunk_gradient.cuh"
@@ -42,11 +44,13 @@ __device__ __forceinline__ void triangle_gradient(Shared& shared, int at, int wh
       load_transposed<PADDED>(&scanned.dx[16 * step][0], left);
     } else {
       load<ROW>(&shared.dy[at * TOKENS][16 * step], left);
+      left = rounded(left);
     }
     if (which == AB || which == QB) {
       load<PADDED>(&scanned.u[16 * step][0], right);
     } else {
       load_transposed<ROW>(&shared.v[at * TOKENS][16 * step], right);
+      right = rounded(right);
     }
     add_product(sum, left, right);
   }
@@ -59,9 +63,36 @@ __device__ __forceinline__ void triangle_gradient(Shared& shared, int at, int wh
   store_tile<PADDED>(sum[1], triangle_of(shared.chunks[at], which) + 8);
 }
 
-// Gradients of r, w, k, a and b for sixteen channels of a chunk, by this warp.
+// Waits for the group of STATE_WARPS warps.
+__device__ __forceinline__ void sync_group() {
+  wait_at<STATE_WARPS * 32>(GROUP_BARRIER + threadIdx.x / 32 / STATE_WARPS);
+}
+
+// Asks a group for chunk `at` of the span at `first`: what D does not take through it, and dy.
+__device__ __forceinline__ void fetch_inputs(const Arguments& args, const Tokens& tokens, int first,
+                                             Shared& shared, int at) {
+  constexpr int GROUP = STATE_WARPS * 32;
+  const int thread = threadIdx.x % GROUP, token = first + at * TOKENS;
+  fetch<GROUP>(args, tokens, token, thread, shared.raw[at]);
+  fetch_rows<TOKENS, GROUP>(args.v, tokens, token, thread, &shared.v[at * TOKENS]);
+}
+__device__ __forceinline__ void fetch_dy(const Arguments& args, const Tokens& tokens, int first,
+                                         Shared& shared, int at) {
+  constexpr int GROUP = STATE_WARPS * 32;
+  fetch_rows<TOKENS, GROUP>(args.dy, tokens, first + at * TOKENS, threadIdx.x % GROUP,
+                            &shared.dy[at * TOKENS]);
+}
+__device__ __forceinline__ void fetch_chunk(const Arguments& args, const Tokens& tokens, int first,
+                                            Shared& shared, int at) {
+  fetch_inputs(args, tokens, first, shared, at);
+  fetch_dy(args, tokens, first, shared, at);
+}
+
+// Gradients of r, w, k, a and b for sixteen channels of chunk `at` of a span, by this warp. On the
+// way, as soon as its group is done with the chunk's tensors, those of the span before are asked for.
 __device__ __forceinline__ void channel_gradients(const Arguments& args, const Tokens& tokens,
-                                                  int first, Shared& shared, int at, int key) {
+                                                  int span, Shared& shared, int at, int key) {
+  const int first = span + at * TOKENS;
   const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
   const Scanned& scanned = shared.work.scanned[at % SCANNED];
   Loaded loaded;
@@ -72,7 +103,7 @@ __device__ __forceinline__ void channel_gradients(const Arguments& args, const T
   const TokenSums sums;
   Accumulator log_d[2], bounded[2];
   loaded.log2_decays<DECAY, BOUNDED>(
-      args.w_dtype == FP32 ? static_cast<const float*>(args.w) + place : nullptr, stride, valid,
+      is_wide(args.w_dtype) ? static_cast<const float*>(args.w) + place : nullptr, stride, valid,
       log_d);
 #pragma unroll
   for (int x = 0; x < 8; ++x) bounded[x / 4][x % 4] = log_d[x / 4][x % 4];
@@ -133,31 +164,37 @@ __device__ __forceinline__ void channel_gradients(const Arguments& args, const T
     scale(dk, to_middle);
     scale(db, to_middle);
   }
+  if constexpr (IS_FP32) {
+    __syncwarp();  // so that they are read again, and have no registers till here
+    loaded.load_from(shared.raw[at], key);
+  }
   // Against the states. What crosses a token: from states before it to rows at or after it (a:
   // after it alone), from columns before it to the state after the chunk, and from state to state.
   Accumulator factors[2];
   {
-    Accumulator dr_state[2] = {}, da_state[2] = {}, r_terms[2] = {}, a_terms[2] = {};
+    Accumulator dr_state[2] = {}, da_state[2] = {}, terms[2] = {};
 #pragma unroll 2
     for (int step = 0; step < STEPS; ++step) {
       OperandA left;
       OperandB right;
       load<ROW>(&shared.work.state[at][16 * step][key], right);
       load<ROW>(&shared.dy[at * TOKENS][16 * step], left);
-      add_product(dr_state, left, right);
+      add_product(dr_state, rounded(left), right);
       load_transposed<PADDED>(&scanned.dx[16 * step][0], left);
       add_product(da_state, left, right);
     }
     exp2_of_sums(sums.sum_up_to(), decays.log_d, factors);
-    add_overlap(scaled(loaded.r, factors), dr_state, r_terms);
-    add_product(dw, sums.sum_from(), split(r_terms));
-    scale_and_add(dr_state, factors, dr);
-    store_pairs(dr_state, args.dr, place, stride, valid);
+    scale(dr_state, factors);
+    add_overlap(loaded.r, dr_state, terms);
+    add(terms, dw);
+    add(dr_state, dr);
+    store_pairs(dr, args.dr, place, stride, valid);
     exp2_of_sums(sums.sum_before(), decays.log_d, factors);
-    add_overlap(scaled(loaded.a, factors), da_state, a_terms);
-    add_product(dw, sums.sum_after(), split(a_terms));
-    scale_and_add(da_state, factors, da);
-    store_pairs(da_state, args.da, place, stride, valid);
+    scale(da_state, factors);
+    add_overlap(loaded.a, da_state, terms);
+    add_product(dw, sums.sum_after(), split(terms));
+    add(da_state, da);
+    store_pairs(da, args.da, place, stride, valid);
   }
   Accumulator overlap[2] = {};  // S0^T D
   {
@@ -168,20 +205,24 @@ __device__ __forceinline__ void channel_gradients(const Arguments& args, const T
       OperandB right;
       load<ROW>(&scanned.d[16 * step][key], right);
       load<ROW>(&shared.v[at * TOKENS][16 * step], left);
-      add_product(dk_state, left, right);
+      add_product(dk_state, rounded(left), right);
       load_transposed<PADDED>(&scanned.u[16 * step][0], left);
       add_product(db_state, left, right);
       load_transposed<ROW>(&shared.work.state[at][16 * step][key], left);
       add_product(overlap, left, right);
     }
+    sync_group();  // the readers of the chunk's tensors and of what was scanned are done
+    if (span > 0) fetch_chunk(args, tokens, span - SPAN, shared, at);
     exp2_of_sums(sums.sum_after(), decays.log_d, factors);
-    add_overlap(scaled(loaded.k, factors), dk_state, terms);
-    add_overlap(scaled(loaded.b, factors), db_state, terms);
+    scale(dk_state, factors);
+    scale(db_state, factors);
+    add_overlap(loaded.k, dk_state, terms);
+    add_overlap(loaded.b, db_state, terms);
     add_product(dw, sums.sum_before(), split(terms));
-    scale_and_add(dk_state, factors, dk);
-    store_pairs(dk_state, args.dk, place, stride, valid);
-    scale_and_add(db_state, factors, db);
-    store_pairs(db_state, args.db, place, stride, valid);
+    add(dk_state, dk);
+    store_pairs(dk, args.dk, place, stride, valid);
+    add(db_state, db);
+    store_pairs(db, args.db, place, stride, valid);
   }
   float through[2][2];
   diagonal(overlap, through);
@@ -195,57 +236,57 @@ __device__ __forceinline__ void channel_gradients(const Arguments& args, const T
       dw[tile][x] = crossed * decay_slope<DECAY>(log_d[tile][x]);
     }
   }
-  if (args.dw_dtype == FP32) {
+  if (is_wide(args.dw_dtype)) {
     store_wide_pairs(dw, args.dw, place, stride, valid);
   } else {
     store_pairs(dw, args.dw, place, stride, valid);
   }
 }
 
-// Waits for the group of STATE_WARPS warps.
-__device__ __forceinline__ void sync_group() {
-  wait_at<STATE_WARPS * 32>(GROUP_BARRIER + threadIdx.x / 32 / STATE_WARPS);
-}
-
-// Asks the second-level cache for the checkpoint, and for the tensors of the span before it.
-__device__ __forceinline__ void prefetch_next(const Arguments& args, const Tokens& tokens,
-                                              int first, int64_t checkpoint) {
-  prefetch_checkpoint(args, checkpoint);
-  if (first < 0) return;
-  constexpr int LINES = N / 64;  // of a row
-  for (int at = threadIdx.x; at < SPAN * LINES; at += THREADS) {
-    const int64_t line = tokens.at(first + at / LINES) + at % LINES * 64;
+// Asks the second-level cache for the tensors of a span.
+__device__ __forceinline__ void prefetch_span(const Arguments& args, const Tokens& tokens,
+                                              int first) {
+  constexpr int LINE = 128 / sizeof(Element), LINES = N / LINE;  // of a row
+  const auto prefetch_line = [&](int at) {
+    const int64_t line = tokens.at(first + at / LINES) + at % LINES * LINE;
     for (const void* tensor : {args.r, args.k, args.v, args.a, args.b, args.dy})
       prefetch(static_cast<const Element*>(tensor) + line);
-    if (args.w_dtype == FP32) {
+    if (is_wide(args.w_dtype)) {
       prefetch(static_cast<const float*>(args.w) + line);
       prefetch(static_cast<const float*>(args.w) + line + 32);
     } else {
       prefetch(static_cast<const Element*>(args.w) + line);
     }
+  };
+  if constexpr (IS_FP32) {  // registers are short: no loop, which would be unrolled
+    static_assert(!IS_FP32 || SPAN * LINES <= THREADS);
+    if (threadIdx.x < SPAN * LINES) prefetch_line(threadIdx.x);
+  } else {
+    for (int at = threadIdx.x; at < SPAN * LINES; at += THREADS) prefetch_line(at);
   }
 }
 
-// Asks a group for the tensors of chunk `at` of the span at `first`.
-__device__ __forceinline__ void fetch_chunk(const Arguments& args, const Tokens& tokens, int first,
-                                            Shared& shared, int at) {
-  constexpr int GROUP = STATE_WARPS * 32;
-  const int thread = threadIdx.x % GROUP, token = first + at * TOKENS;
-  fetch<GROUP>(args, tokens, token, thread, shared.raw[at]);
-  fetch_rows<TOKENS, GROUP>(args.v, tokens, token, thread, &shared.v[at * TOKENS]);
-  fetch_rows<TOKENS, GROUP>(args.dy, tokens, token, thread, &shared.dy[at * TOKENS]);
+// Takes D alone through the chunks of a span, and asks for the span before it.
+__device__ __forceinline__ void pass_span(const Arguments& args, const Tokens& tokens, int first,
+                                          Shared& shared, int chunks, State& d) {
+  const int group = threadIdx.x / 32 / STATE_WARPS;
+  for (int at = group; at < CHUNKS; at += GROUPS)
+    fetch_inputs(args, tokens, first - SPAN, shared, at);
+  for (int at = CHUNKS - 1; at >= 0 && group == 0; --at) {
+    if (at < chunks) pass_back(shared, at, d);
+    sync_group();  // its readers are done
+    fetch_dy(args, tokens, first - SPAN, shared, at);
+  }
 }
 
-// The gradients of a scanned chunk, by a group; then its tensors of the span before are asked for.
+// The gradients of a scanned chunk, by a group.
 __device__ __forceinline__ void chunk_gradients(const Arguments& args, const Tokens& tokens,
                                                 int first, Shared& shared, int at) {
   const int member = threadIdx.x / 32 % STATE_WARPS;
   sync_group();  // the group's rows of what was scanned are there
   if (member < TRIANGLES) triangle_gradient(shared, at, member);
   sync_group();
-  channel_gradients(args, tokens, first + at * TOKENS, shared, at, member * 16);
-  sync_group();  // its readers are done
-  if (first > 0) fetch_chunk(args, tokens, first - SPAN, shared, at);
+  channel_gradients(args, tokens, first, shared, at, member * 16);
 }
 
 __global__ void __launch_bounds__(THREADS, BLOCKS) backward_kernel(const Arguments args) {
@@ -253,14 +294,23 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) backward_kernel(const Argumen
   Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
   const int warp = threadIdx.x / 32, own = warp / PARTS;  // the chunk that this warp prepares
   const int group = warp / STATE_WARPS;
-  const int64_t head = blockIdx.x % args.H;  // blocks are s * H + head
-  const Sequence sequence = find_sequence(args, blockIdx.x / args.H, SPAN);
-  const Tokens tokens = tokens_of(args, sequence, head);
+  // Blocks are (segment * S + s) * H + head.
+  const int heads = static_cast<int>(args.S * args.H), index = blockIdx.x % heads;
+  const int64_t head = index % args.H;
+  const Sequence sequence = find_sequence(args, index / args.H, SPAN);
+  Tokens tokens = tokens_of(args, sequence, head);
+  const Segment segment =
+      find_segment((tokens.count + SPAN - 1) / SPAN, blockIdx.x / heads, gridDim.x / heads);
+  if (segment.begin == segment.end && blockIdx.x >= heads) return;
+  tokens.start = tokens.at(segment.begin * SPAN);
+  tokens.count -= segment.begin * SPAN;
   const int spans = (tokens.count + SPAN - 1) / SPAN;
-  const int first_checkpoint = static_cast<int>(sequence.first_checkpoint * args.H + head);
+  const int own_end = (segment.end - segment.begin) * SPAN;
+  const int first_checkpoint =
+      static_cast<int>((sequence.first_checkpoint + segment.begin) * args.H + head);
 
   State d;
-  if (group == 0) load_state(args.dfinal_state, blockIdx.x, d);
+  if (group == 0) load_state(args.dfinal_state, index, d);
   for (int at = group; at < CHUNKS && spans > 0; at += GROUPS)
     fetch_chunk(args, tokens, (spans - 1) * SPAN, shared, at);
   for (int first = (spans - 1) * SPAN; first >= 0; first -= SPAN) {
@@ -268,10 +318,15 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) backward_kernel(const Argumen
     const int chunks = min(CHUNKS, (tokens.count - first + TOKENS - 1) / TOKENS);
     copies_done();
     __syncthreads();  // the tensors are there
-    prefetch_next(args, tokens, first - SPAN, checkpoint);
+    prefetch_checkpoint(args, checkpoint);
+    if (first > 0) prefetch_span(args, tokens, first - SPAN);
     prepare<DECAY, BOUNDED, PARTS>(args, tokens, first + own * TOKENS, shared.raw[own],
                                    shared.chunks[own], shared.partials[own], [] {});
     __syncthreads();  // the chunks are there
+    if (first >= own_end) {
+      pass_span(args, tokens, first, shared, chunks, d);
+      continue;
+    }
     if constexpr (GROUPS == 1) {
       scan_span_forward(args, checkpoint, shared, chunks);
       for (int at = chunks - 1; at >= 0; --at) {
@@ -300,11 +355,13 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) backward_kernel(const Argumen
     for (int at = chunks + group; at < CHUNKS && first > 0; at += GROUPS)
       fetch_chunk(args, tokens, first - SPAN, shared, at);
   }
-  if (group == 0) store_state(d, args.dinitial_state, blockIdx.x);
+  if (group == 0 && segment.begin == 0) store_state(d, args.dinitial_state, index);
 }
 
 }  // namespace
 
 RWKV_JIT_EXPORT int rwkv_jit_launch(const Arguments* args) {
-  return launch<Shared>(backward_kernel, *args);
+  const int64_t heads = std::max<int64_t>(args->S * args->H, 1);
+  const int64_t segments = std::min<int64_t>(blocks_at_once(BLOCKS) / heads, MOST_SEGMENTS);
+  return launch<Shared>(backward_kernel, *args, std::max<int64_t>(segments, 1));
 }

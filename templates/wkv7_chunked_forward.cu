@@ -66,6 +66,7 @@ __device__ __forceinline__ void scan_chunk(const Arguments& args, const Tokens& 
   OperandA values;
   OperandB right;
   load_transposed<ROW>(v + own_value(), values);
+  values = rounded(values);
 #pragma unroll
   for (int step = 0; step < STEPS; ++step) {
     const OperandA rows = to_operand(state[step][0], state[step][1]);

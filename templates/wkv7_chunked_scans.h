@@ -42,7 +42,7 @@ struct Shared {
 __device__ __forceinline__ Element* triangle_of(Chunk& chunk, int which) {
   return &chunk.k[0][0] + which * TOKENS * PADDED;
 }
-static_assert(sizeof(Chunk::k) + sizeof(Chunk::b) >= TRIANGLES * TOKENS * PADDED * 2,
+static_assert(sizeof(Chunk::k) + sizeof(Chunk::b) >= TRIANGLES * TOKENS * PADDED * sizeof(Element),
               "they fit over K'' and B^");
 
 // The state through one chunk.
@@ -52,12 +52,39 @@ __device__ __forceinline__ void scan_forward(Shared& shared, int at, State& stat
   OperandA values;
   OperandB right;
   load_transposed<ROW>(&shared.v[at * TOKENS][own_value()], values);
+  values = rounded(values);
 #pragma unroll
   for (int step = 0; step < STEPS; ++step) {
     load_transposed<ROW>(&chunk.w[0][16 * step], right);
     add_product(u, to_operand(state[step][0], state[step][1]), right);
   }
   step_state(state, chunk, values, chunk.k, to_operand(u[0], u[1]), chunk.b);
+}
+
+// A block's spans of a sequence: [begin, end).
+struct Segment {
+  int begin, end;
+};
+
+// Where there are few heads several blocks share a sequence. Each takes D alone through the spans
+// behind its own, by the same steps as the block whose spans those are, so that what comes out is
+// the same however many there are. Segments become shorter towards the first one by what that
+// costs, so that all take the same time.
+constexpr int MOST_SEGMENTS = 8;
+constexpr float PASS_COST = 0.3f;  // of D alone through a span, where its gradients cost 1
+
+// Segment `index` of a sequence, from its end.
+__device__ __forceinline__ Segment find_segment(int spans, int index, int segments) {
+  float part = 1, all = 0, behind = 0, until = 0;
+  for (int at = 0; at < segments; ++at, part *= 1 - PASS_COST) {
+    if (at == index) behind = all;
+    all += part;
+    if (at == index) until = all;
+  }
+  const auto before = [&](float parts) {
+    return spans - static_cast<int>(ceilf(static_cast<float>(spans) * (parts / all)));
+  };
+  return {before(until), before(behind)};
 }
 
 // U of this warp's values, from the state before the chunk.
@@ -74,8 +101,8 @@ __device__ __forceinline__ void store_u(Shared& shared, int at) {
     add_product(u, left, right);
   }
   load_transposed<ROW>(&shared.v[at * TOKENS][own_value()], left);
-  load<TOKENS>(chunk.solved[TOKENS], right);
-  add_product(u, left, right);
+  load<SOLVED>(chunk.solved[TOKENS], right);
+  add_product(u, rounded(left), right);
   store_tile<PADDED>(u[0], &to.u[own_value()][0]);
   store_tile<PADDED>(u[1], &to.u[own_value()][8]);
 }
@@ -89,6 +116,7 @@ __device__ __forceinline__ void scan_backward(const Arguments& args, const Token
   OperandA dy;
   OperandB right;
   load_transposed<ROW>(&shared.dy[at * TOKENS][own_value()], dy);
+  dy = rounded(dy);
 #pragma unroll
   for (int step = 0; step < STEPS; ++step) {
     const OperandA rows = to_operand(d[step][0], d[step][1]);
@@ -104,10 +132,25 @@ __device__ __forceinline__ void scan_backward(const Arguments& args, const Token
   step_state(d, chunk, dy, chunk.r, to_operand(e[0], e[1]), chunk.w);
   load<PADDED>(&chunk.qb[0][0], right);
   add_product(e, dy, right);  // dU
-  load_transposed<TOKENS>(chunk.solved[0], right);
+  load_transposed<SOLVED>(chunk.solved[0], right);
   add_product(dx, to_operand(e[0], e[1]), right);
   store_tile<PADDED>(dx[0], &to.dx[own_value()][0]);
   store_tile<PADDED>(dx[1], &to.dx[own_value()][8]);
+}
+
+// D back through one chunk, and no more.
+__device__ __forceinline__ void pass_back(const Shared& shared, int at, State& d) {
+  const Chunk& chunk = shared.chunks[at];
+  Accumulator e[2] = {};
+  OperandA dy;
+  OperandB right;
+  load_transposed<ROW>(&shared.dy[at * TOKENS][own_value()], dy);
+#pragma unroll
+  for (int step = 0; step < STEPS; ++step) {
+    load_transposed<ROW>(&chunk.b[0][16 * step], right);
+    add_product(e, to_operand(d[step][0], d[step][1]), right);
+  }
+  step_state(d, chunk, rounded(dy), chunk.r, to_operand(e[0], e[1]), chunk.w);
 }
 
 // The state through a span's chunks.

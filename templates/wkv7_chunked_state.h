@@ -23,13 +23,12 @@ __device__ __forceinline__ void step_state(State& state, const Chunk& chunk, con
 __device__ __forceinline__ void store_values(const Accumulator (&values)[2], void* to,
                                              const Tokens& tokens, int first) {
   const int token = first + threadIdx.x % 32 / 4;
-  const OperandB rows = to_second(to_operand(values[0], values[1]));
+  const OperandB rows = to_second(to_operand<stored>(values[0], values[1]));
   Element* place = static_cast<Element*>(to) + tokens.at(token) + own_value() + threadIdx.x % 4 * 2;
 #pragma unroll
-  for (int part = 0; part < 4; ++part)
-    if (token + part / 2 * 8 < tokens.count)
-      *reinterpret_cast<uint32_t*>(place + part / 2 * 8 * tokens.stride + part % 2 * 8) =
-          rows.at[part];
+  for (int row = 0; row < 2; ++row)
+    store_row(rows.at[2 * row], rows.at[2 * row + 1], place + row * 8 * tokens.stride,
+              token + row * 8 < tokens.count);
 }
 
 }  // namespace

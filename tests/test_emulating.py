@@ -51,6 +51,21 @@ MMA = """
   if (thread < 32)
     for (int at = 0; at < 4; ++at) data[384 + (g + at / 2 * 8) * 8 + q + at % 2] = sum[at];
 """
+MMA_TF32 = """
+  unsigned a[4], b[2];
+  float sum[4] = {};
+  const int g = thread % 32 / 4, q = thread % 4;
+  for (int at = 0; at < 4; ++at)
+    ROUND("=r"(a[at]) : "f"(data[(g + at % 2 * 8) * 8 + q + at / 2 * 4]));
+  for (int at = 0; at < 2; ++at)
+    ROUND("=r"(b[at]) : "f"(data[128 + (q + at * 4) * 8 + g]));
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+               "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  if (thread < 32)
+    for (int at = 0; at < 4; ++at) data[192 + (g + at / 2 * 8) * 8 + 2 * q + at % 2] = sum[at];
+"""
 COPY = """
   const unsigned to = __cvta_generic_to_shared(memory + thread * 4);
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
@@ -97,6 +112,21 @@ def test_a_product_on_tensor_cores_is_that_of_the_rounded_matrices(built: Path) 
     expected = left.bfloat16().float() @ right.bfloat16().float()
     assert run(MMA, data, built) == ""
     torch.testing.assert_close(data[384:].view(16, 8), expected)
+
+
+def to_tf32(x: torch.Tensor) -> torch.Tensor:
+    return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+def test_a_product_of_tf32_takes_what_is_rounded_to_it(built: Path) -> None:
+    data = torch.randn(192 + 128)
+    left, right = data[:128].view(16, 8), data[128:192].view(8, 8)
+    expected = to_tf32(left) @ to_tf32(right)
+    assert run(MMA_TF32.replace("ROUND(", 'asm("cvt.rna.tf32.f32 %0, %1;" : '), data, built) == ""
+    torch.testing.assert_close(data[192:].view(16, 8), expected)
+    assert "not rounded to it" in run(
+        MMA_TF32.replace("ROUND(", 'asm("mov.b32 %0, %1;" : '), data, built
+    )
 
 
 def test_copies_come_when_they_are_waited_for_and_zeros_where_there_is_nothing(

@@ -102,8 +102,38 @@ def test_tensor_cores_serve_float16_where_decays_are_bounded_closely() -> None:
     assert template(lower_bound=-0.61) == template(decay="logit") == "wkv7_chunked_forward.cu"
 
 
-def test_a_slug_with_a_bound_that_no_kernel_uses_is_refused() -> None:
-    for slug in ("wkv7_n64_fp32_l16_sm90a_bounded", "wkv7_n64_bf16_l16_sm90a_logit_bounded"):
+def test_tf32_is_another_kernel_only_where_one_makes_use_of_it() -> None:
+    def chosen(precision: str, **options: object) -> Op:
+        choices = {"head_size": 64, "dtype": torch.float32, "arch": "9.0a", **options}
+        return get_op(precision=precision, **choices)  # type: ignore[arg-type]
+
+    op = chosen("tf32")
+    assert op.config == OpConfig.parse("wkv7_n64_fp32_l16_sm90a_tf32")
+    assert op.info()["precision"] == "tf32"
+    assert op.config.rounded_to == "tf32"
+    assert SPECS["wkv7"].variant(op.config, "backward").template == "wkv7_chunked_backward.cu"
+    bounded = OpConfig.parse("wkv7_n64_fp32_l16_sm90a_tf32_bounded")
+    assert chosen("tf32", lower_bound=-0.61).config == bounded
+    assert chosen("float32", lower_bound=-0.61) is chosen("float32")
+    assert chosen("float32").info()["precision"] == "float32"
+    assert chosen("tf32", name="wkv7_prefill").config.precision == "tf32"
+    for options in (
+        {"dtype": torch.bfloat16},
+        {"arch": "12.0"},
+        {"arch": "cpu"},
+        {"head_size": 128},
+        {"chunk_length": 32},
+    ):
+        assert chosen("tf32", **options) is chosen("float32", **options)
+
+
+def test_a_slug_with_what_no_kernel_uses_is_refused() -> None:
+    for slug in (
+        "wkv7_n64_fp32_l16_sm90a_bounded",
+        "wkv7_n64_bf16_l16_sm90a_logit_bounded",
+        "wkv7_n64_bf16_l16_sm90a_tf32",
+        "wkv7_n128_fp32_l16_sm90a_tf32",
+    ):
         config = OpConfig.parse(slug)
         with pytest.raises(ConfigError, match=f"changes nothing in kernels like {slug}; leave it"):
             render(SPECS["wkv7"], config, "forward")
@@ -139,6 +169,15 @@ REFUSED = [
     ),
     (
         {"checkpoint_dtype": torch.bfloat16, "arch": "9.0a"},
+        "on sm_90a checkpoint_dtype=bf16 goes with dtype bf16, head_size 64 or 128 and chunk",
+    ),
+    ({"precision": "bf16"}, "wkv7: precision='bf16' is not known; choose from float32, tf32"),
+    (
+        {"name": "wkv6", "precision": "tf32", "arch": "9.0a"},
+        "wkv6: has no precision, but it is 'tf32'; leave it out",
+    ),
+    (
+        {"precision": "tf32", "checkpoint_dtype": torch.bfloat16, "arch": "9.0a"},
         "on sm_90a checkpoint_dtype=bf16 goes with dtype bf16, head_size 64 or 128 and chunk",
     ),
     ({"lower_bound": 0.5}, r"wkv7: lower_bound=0.5 must be a number of at most 0, .* leave it out"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 from pathlib import Path
 
@@ -41,6 +42,7 @@ def example_kernels() -> list[tuple[OpConfig, str]]:
             dtype=variant.dtypes[0],
             chunk_length=variant.chunk_lengths[0],
             arch=f"sm{variant.min_arch}" if variant.min_arch else host_cpu_arch(),
+            precision="tf32" if variant.needs_tf32 else "float32",
         )
         for spec in SPECS.values()
         for variant in spec.variants
@@ -183,6 +185,16 @@ def test_kernels_of_bounded_decays_compile_and_nothing_spills(
         op="wkv7", head_size=size, dtype=dtype, chunk_length=16, arch=arch, bounded=True
     )
     assert_nothing_spills(config, entry, tmp_path)
+
+
+@pytest.mark.parametrize("entry", SPECS["wkv7"].entries)
+@pytest.mark.parametrize("decay", ["loglog", "logit"])
+@pytest.mark.parametrize("arch", ["sm80", "sm90a", "sm100"])
+def test_kernels_of_tf32_compile_and_nothing_spills(
+    arch: str, decay: str, entry: str, tmp_path: Path
+) -> None:
+    config = OpConfig.parse(f"wkv7_n64_fp32_l16_{arch}_tf32")
+    assert_nothing_spills(dataclasses.replace(config, decay=decay), entry, tmp_path)
 
 
 @pytest.mark.parametrize("state_dtype", ["fp32", "bf16", "fp16"])

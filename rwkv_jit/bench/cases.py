@@ -52,19 +52,25 @@ class Shape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One operator, shape and dtype. state_dtype: where it is not the dtype's own. bounded: whether
-    it is told that decays are. packed: whether the B sequences have the lengths of `lengths_in`."""
+    """One operator, shape and dtype. state_dtype: where it is not the dtype's own. precision: what
+    it is asked for. bounded: whether it is told that decays are. packed: whether the B sequences
+    have the lengths of `lengths_in`."""
 
     op: str
     shape: Shape
     dtype: str
     state_dtype: str = ""
+    precision: str = "float32"
     bounded: bool = False
     packed: bool = False
 
     def __str__(self) -> str:
         states = f", states in {self.state_dtype}" if self.state_dtype else ""
-        told = (" bounded" if self.bounded else "") + (" packed" if self.packed else "")
+        told = (
+            ("" if self.precision == "float32" else f" {self.precision}")
+            + (" bounded" if self.bounded else "")
+            + (" packed" if self.packed else "")
+        )
         return f"{self.op} ({str(self.shape).replace(',', ', ')}) {self.dtype}{told}{states}"
 
 

@@ -90,6 +90,7 @@ def ours(case: Case, device: str) -> Contender:
         dtype=TORCH_DTYPES[case.dtype],
         device=device,
         decay=spec.decays[0],
+        precision=case.precision,
         lower_bound=bounded_from(case.dtype) if case.bounded else None,
         state_dtype=TORCH_DTYPES[case.state_dtype] if case.state_dtype else None,
     )
@@ -103,7 +104,7 @@ def ours(case: Case, device: str) -> Contender:
         call=call,
         config=op.config,
         # A state of 16 bits is rounded as y is.
-        limit=max(LIMITS[case.dtype], LIMITS[op.config.state_dtype]),
+        limit=max(LIMITS[op.config.rounded_to], LIMITS[op.config.state_dtype]),
         kernels={entry: spec.variant(op.config, entry).template for entry in spec.entries},
     )
 

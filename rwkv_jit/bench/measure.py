@@ -118,6 +118,7 @@ def result_data(result: Result) -> dict[str, Any]:
         "op": case.op,
         "shape": [shape.batch, shape.length, shape.heads, shape.head_size],
         "dtype": case.dtype,
+        "precision": case.precision,
         "bounded": case.bounded,
         "packed": case.packed,
         "state_dtype": case.state_dtype,

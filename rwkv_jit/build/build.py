@@ -216,6 +216,8 @@ def warm_command(config: OpConfig) -> str:
         options.append(f"--state-layout {config.state_layout}")
     if config.checkpoint_dtype != "accumulator":
         options.append(f"--checkpoint-dtype {config.checkpoint_dtype}")
+    if config.precision != "float32":
+        options.append(f"--precision {config.precision}")
     if config.bounded:
         options.append(f"--lower-bound {bounded_from(config.dtype):g}")
     return " ".join(options)

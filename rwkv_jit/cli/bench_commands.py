@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..bench.cases import Case, Shape, default_corner, default_dtypes, default_shapes, sweep
-from ..config import DTYPES, is_bounded
+from ..config import DTYPES, PRECISIONS, is_bounded
 from ..errors import ConfigError
 from ..ops import SPECS, get_spec
 from ..settings import current_settings
 from ..spec import OpSpec
-from .options import JsonOption, LowerBoundOption, one_of, split_list
+from .options import JsonOption, LowerBoundOption, PrecisionOption, one_of, split_list
 
 if TYPE_CHECKING:
     from ..bench.contenders import Absentee, Contender
@@ -39,6 +39,7 @@ def bench(
             metavar="LIST",
         ),
     ] = "",
+    precision: PrecisionOption = "float32",
     lower_bound: LowerBoundOption = None,
     state_dtype: Annotated[
         str,
@@ -95,6 +96,7 @@ def bench(
     shapes = _shapes(shape or (), plot)
     _check_choice(device, _DEVICES, "--device")
     _check_choice(state_dtype, DTYPES, "--state-dtype")
+    _check_choice(precision, PRECISIONS, "--precision")
     if plot is not None:
         _check_plot(plot)
 
@@ -113,6 +115,7 @@ def bench(
         sweep(corner) if corner else shapes,
         dtypes,
         state_dtype,
+        precision,
         lower_bound,
         device,
     )
@@ -187,6 +190,7 @@ def _cases(
     shapes: Sequence[Shape],
     dtypes: Sequence[str],
     state_dtype: str,
+    precision: str,
     lower_bound: float | None,
     device: str,
 ) -> list[Case]:
@@ -201,6 +205,7 @@ def _cases(
                 shape=shape,
                 dtype=dtype,
                 state_dtype=state_dtype if spec.is_serving else "",
+                precision=precision if "precision" in spec.knobs and dtype == "fp32" else "float32",
                 bounded=is_bounded("bench", dtype, lower_bound),
                 packed=packed,
             )

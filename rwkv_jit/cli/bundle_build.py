@@ -20,6 +20,7 @@ from .options import (
     JobsOption,
     JsonOption,
     LowerBoundOption,
+    PrecisionOption,
     one_of,
     split_list,
     whole_number,
@@ -41,6 +42,7 @@ def bundle_build(
     dtype: DtypeOption = "",
     arch: ArchOption = "",
     decay: DecayOption = "loglog",
+    precision: PrecisionOption = "float32",
     lower_bound: LowerBoundOption = None,
     entry: EntryOption = "",
     everything: Annotated[
@@ -83,6 +85,7 @@ def bundle_build(
                 dtypes=split_list(dtype, "--dtype", one_of(DTYPES)),
                 archs=archs or default_archs(settings),
                 decays=split_list(decay, "--decay", one_of(DECAYS)),
+                precision=precision,
                 lower_bound=lower_bound,
                 entries=split_list(entry, "--entry", one_of(ENTRIES)),
             )

@@ -11,7 +11,7 @@ from ..arch import CPU_ARCHES, display_arch, is_cuda
 from ..build import warm_command
 from ..bundle import Bundle
 from ..cache import CacheEntry, folder_bytes
-from ..config import DTYPES, STATE_LAYOUTS, OpConfig
+from ..config import DTYPES, PRECISIONS, STATE_LAYOUTS, OpConfig
 from ..errors import CacheError, ConfigError
 from ..ops import get_spec
 from ..spec import OpSpec, TensorSpec
@@ -71,6 +71,7 @@ def operator_data(spec: OpSpec) -> dict[str, Any]:
         "parameters": list(spec.parameters),
         "decays": list(spec.decays) if spec.is_recurrence else [],
         "state_layouts": list(STATE_LAYOUTS) if "state_layout" in spec.knobs else [],
+        "precisions": list(PRECISIONS) if "precision" in spec.knobs else [],
         "platforms": platforms,
         "entries": {
             name: {

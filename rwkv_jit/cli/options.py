@@ -8,7 +8,7 @@ from typing import Annotated, TypeVar
 
 import typer
 
-from ..config import DECAYS, DTYPES, ENTRIES
+from ..config import DECAYS, DTYPES, ENTRIES, PRECISIONS
 from ..errors import ConfigError
 
 _Value = TypeVar("_Value")
@@ -34,6 +34,14 @@ ArchOption = Annotated[
 ]
 DecayOption = Annotated[
     str, typer.Option(help=f"What w means, of {', '.join(DECAYS)}.", metavar="LIST")
+]
+PrecisionOption = Annotated[
+    str,
+    typer.Option(
+        help="What kernels of fp32 may round operands of products to, where there are such: one of "
+        f"{', '.join(PRECISIONS)}.",
+        metavar="PRECISION",
+    ),
 ]
 LowerBoundOption = Annotated[
     float | None,

@@ -26,7 +26,7 @@ class Choices:
     """Values of each knob; every combination is meant, of the knobs that an operator has. Nothing
     is the default: all operators and entries, head size 64, bf16 for CUDA and fp32 for a CPU, chunk
     length 16, decay "loglog", the dtype's own state dtype, layout "vk", checkpoints as they are
-    computed, decays unbounded. archs are in slug form and have no default."""
+    computed, precision "float32", decays unbounded. archs are in slug form and have no default."""
 
     archs: tuple[str, ...]
     ops: tuple[str, ...] = ()
@@ -37,6 +37,7 @@ class Choices:
     state_dtypes: tuple[str, ...] = ()
     state_layouts: tuple[str, ...] = ()
     checkpoint_dtypes: tuple[str, ...] = ()
+    precision: str = "float32"
     lower_bound: float | None = None
     entries: tuple[str, ...] = ()
 
@@ -103,7 +104,7 @@ def plan_from(path: Path, archs: Sequence[str]) -> list[RenderedSource]:
     for config, entry in read_kernels(path):
         for arch in archs or (config.arch,):
             spec = get_spec(config.op)
-            there = spec.without_idle_bound(replace(config, arch=arch))
+            there = spec.without_idle(replace(config, arch=arch))
             source = render(spec, there, entry)
             found[source.identity] = source
     return list(found.values())
@@ -149,6 +150,7 @@ def _combinations(choices: Choices, op: str) -> Iterator[OpConfig]:
                     state_dtype=state_dtype,
                     state_layout=state_layout,
                     checkpoint_dtype=checkpoint_dtype,
+                    precision=choices.precision,
                     bounded=is_bounded(op, dtype, choices.lower_bound),
                 )
 
@@ -173,5 +175,5 @@ def _render_entries(
                 f"{spec.name}: entry={entry!r} does not exist; "
                 f"choose from {', '.join(spec.entries)}"
             )
-    config = spec.without_idle_bound(spec.narrowed(config))
+    config = spec.without_idle(spec.narrowed(config))
     return [render(spec, config, entry) for entry in entries or spec.entries]

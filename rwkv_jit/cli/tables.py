@@ -168,7 +168,11 @@ def _choices_table(operator: Mapping[str, Any]) -> Table:
         for name, shown in names.items()
     ]
     rows.append(["state dtype", *(_show_states(row["state_dtypes"]) for row in platforms)])
-    for name, shown in (("decays", "decay"), ("state_layouts", "state layout")):
+    for name, shown in (
+        ("decays", "decay"),
+        ("state_layouts", "state layout"),
+        ("precisions", "precision"),
+    ):
         rows.append([shown, *([", ".join(operator[name])] * len(platforms))])
     # Not every operator can be chosen everything of.
     rows = [row for row in rows if any(row[1:])]

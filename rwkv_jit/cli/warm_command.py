@@ -24,6 +24,7 @@ from .options import (
     JsonOption,
     LowerBoundOption,
     OpsArgument,
+    PrecisionOption,
     one_of,
     split_list,
     whole_number,
@@ -59,6 +60,7 @@ def warm(
             metavar="LIST",
         ),
     ] = "accumulator",
+    precision: PrecisionOption = "float32",
     lower_bound: LowerBoundOption = None,
     entry: EntryOption = "",
     jobs: JobsOption = None,
@@ -96,6 +98,7 @@ def warm(
         checkpoint_dtypes=split_list(
             checkpoint_dtype, "--checkpoint-dtype", one_of(CHECKPOINT_DTYPES)
         ),
+        precision=precision,
         lower_bound=lower_bound,
         entries=split_list(entry, "--entry", one_of(ENTRIES)),
     )

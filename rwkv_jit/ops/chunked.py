@@ -53,7 +53,7 @@ class Chunked:
 
         constants: what the templates take beside their sizes.
         backward_scratch: tensors that the backward launcher needs.
-        dtype: bf16, or fp16 for decays that are bounded.
+        dtype: bf16, fp16 for decays that are bounded, or fp32 where tf32 is precise enough.
         uses_bound: whether a declared bound of the decay makes other kernels.
         """
         forward = KernelVariant(
@@ -76,6 +76,7 @@ class Chunked:
             checkpoint_dtypes=CHECKPOINT_DTYPES if dtype == "bf16" else ("accumulator",),
             uses_bound=uses_bound,
             needs_bound=dtype == "fp16",
+            needs_tf32=dtype == "fp32",
         )
         backward = replace(
             forward,

@@ -37,6 +37,7 @@ def _prefill(spec: OpSpec) -> OpSpec:
         entries={"prefill": EntrySpec(inputs=inputs, outputs=(Y,), sizes=("S", "T", "H", "P"))},
         saved_outputs=(),
         decays=spec.decays,
+        knobs=spec.knobs,
         variants=tuple(
             replace(
                 variant,

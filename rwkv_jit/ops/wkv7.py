@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..config import OpConfig
-from ..spec import EntrySpec, OpSpec, TensorSpec
+from ..spec import KNOBS, EntrySpec, OpSpec, TensorSpec
 from .chunked import Block, Chunked
 from .recurrence import recurrence_variants
 from .tensors import (
@@ -43,6 +43,11 @@ _CHUNKED = (
     Chunked(64, 32, forward=Block(7, 4, 1, 1, 79_152), backward=Block(4, 4, 2, 1, 91_136)),
     Chunked(128, 32, forward=Block(16, 8, 4, 1, 126_976), backward=Block(8, 8, 4, 1, 219_648)),
 )
+# The same for float32, whose tensors take twice the memory.
+_CHUNKED_TF32 = (
+    Chunked(64, 32, forward=Block(16, 4, 4, 1, 205_056), backward=Block(8, 4, 4, 1, 211_456)),
+    Chunked(64, 16, forward=Block(12, 4, 4, 1, 136_704), backward=Block(4, 4, 4, 1, 105_728)),
+)
 
 
 def _chunked_constants(config: OpConfig) -> Mapping[str, int]:
@@ -76,11 +81,12 @@ WKV7 = OpSpec(
     },
     saved_outputs=("checkpoints",),
     decays=("loglog", "logit", "log"),
+    knobs=KNOBS,
     variants=(
         *(
             variant
-            for dtype in ("bf16", "fp16")
-            for row in _CHUNKED
+            for dtype, rows in (("bf16", _CHUNKED), ("fp16", _CHUNKED), ("fp32", _CHUNKED_TF32))
+            for row in rows
             for variant in row.variants("wkv7", _chunked_constants, dtype=dtype, uses_bound=True)
         ),
         *recurrence_variants("wkv7", constants={}, cuda_scratch=(_PRODUCTS,)),

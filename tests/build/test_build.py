@@ -97,6 +97,10 @@ def test_miss_where_building_is_forbidden_names_the_remedy(settings: Settings) -
             "wkv7_n64_bf16_l16_sm90a_cbf16_bounded",
             "--head-size 64 --dtype bf16 --arch 9.0a --checkpoint-dtype bf16 --lower-bound -8",
         ),
+        (
+            "wkv7_n64_fp32_l16_sm90a_tf32_bounded",
+            "--head-size 64 --dtype fp32 --arch 9.0a --precision tf32 --lower-bound -8",
+        ),
     ],
 )
 def test_warm_command_has_options_that_differ_from_defaults(slug: str, options: str) -> None:

@@ -113,6 +113,7 @@ def variants_of_the_key() -> dict[str, tuple[RenderedSource, Toolchain]]:
         "state_dtype": {"state_dtype": "bf16"},
         "state_layout": {"state_layout": "kv"},
         "checkpoint_dtype": {"checkpoint_dtype": "bf16"},
+        "precision": {"precision": "tf32"},
         "bounded": {"bounded": True},
     }
     assert set(changed) == {field.name for field in dataclasses.fields(OpConfig)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from pathlib import Path
 
@@ -79,6 +80,25 @@ def test_a_bound_is_declared_where_a_kernel_makes_use_of_it(tmp_path: Path) -> N
     assert [source.identity for source in plan_from(path, ())] == [bounded]
     (elsewhere,) = plan_from(path, ("x86_64_v2",))
     assert elsewhere.identity == "wkv7_n64_bf16_l16_x86_64_v2.forward"
+
+
+def test_tf32_is_planned_where_a_kernel_rounds_to_it(tmp_path: Path) -> None:
+    choices = Choices(
+        archs=("sm90a",), dtypes=("fp32", "bf16"), entries=("forward",), precision="tf32"
+    )
+    found = identities(dataclasses.replace(choices, ops=("wkv7", "wkv6")))
+    assert found == [
+        "wkv7_n64_fp32_l16_sm90a_tf32.forward",
+        "wkv6_n64_fp32_l16_sm90a.forward",
+        "wkv7_n64_bf16_l16_sm90a.forward",
+        "wkv6_n64_bf16_l16_sm90a.forward",
+    ]
+    path = tmp_path / "kernels.json"
+    write_kernels(path, found[:1])
+    (elsewhere,) = plan_from(path, ("x86_64_v2",))
+    assert elsewhere.identity == "wkv7_n64_fp32_l16_x86_64_v2.forward"
+    with pytest.raises(ConfigError, match=r"precision='bf16' is not known; choose from float32, t"):
+        plan(dataclasses.replace(choices, precision="bf16"))
 
 
 def test_no_named_operator_means_all() -> None:

@@ -27,7 +27,7 @@ cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
 }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  return *value = 1, cudaSuccess;
+  return *value = 8, cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
   return std::memset(to, value, bytes), cudaSuccess;
@@ -136,44 +136,45 @@ inline void cvt_rn_f16x2_f32(uint32_t& pair, float high, float low) {
 inline void cvt_rn_bf16x2_f32(uint32_t& pair, float high, float low) {
   pair = static_cast<uint32_t>(emulator::to_bfloat16(high)) << 16 | emulator::to_bfloat16(low);
 }
+inline void mov_b32(uint32_t& bits, float value) { bits = __float_as_uint(value); }
+inline void cvt_rna_tf32_f32(uint32_t& bits, float value) { bits = emulator::to_tf32(value); }
 inline void mma(float& c0, float& c1, float& c2, float& c3, const uint32_t (&a)[4],
-                const uint32_t (&b)[2], bool is_half) {
+                const uint32_t (&b)[2], emulator::Operands operands) {
   float sum[4] = {c0, c1, c2, c3};
-  emulator::mma(sum, a, b, is_half);
+  emulator::mma(sum, a, b, operands);
   c0 = sum[0], c1 = sum[1], c2 = sum[2], c3 = sum[3];
 }
 inline void mma_sync_aligned_m16n8k16_row_col_f32_f16_f16_f32(float& c0, float& c1, float& c2,
                                                               float& c3, uint32_t a0, uint32_t a1,
                                                               uint32_t a2, uint32_t a3, uint32_t b0,
                                                               uint32_t b1) {
-  mma(c0, c1, c2, c3, {a0, a1, a2, a3}, {b0, b1}, true);
+  mma(c0, c1, c2, c3, {a0, a1, a2, a3}, {b0, b1}, emulator::Operands::HALF);
 }
 inline void mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(float& c0, float& c1, float& c2,
                                                                 float& c3, uint32_t a0, uint32_t a1,
                                                                 uint32_t a2, uint32_t a3,
                                                                 uint32_t b0, uint32_t b1) {
-  mma(c0, c1, c2, c3, {a0, a1, a2, a3}, {b0, b1}, false);
+  mma(c0, c1, c2, c3, {a0, a1, a2, a3}, {b0, b1}, emulator::Operands::BFLOAT16);
 }
-template <bool TRANSPOSED, typename... Results>
-void ldmatrix(uint32_t from, Results&... results) {
-  uint32_t to[sizeof...(results)], *next = to;
-  emulator::load_matrices(to, sizeof...(results), from, TRANSPOSED);
-  ((results = *next++), ...);
+inline void mma_sync_aligned_m16n8k8_row_col_f32_tf32_tf32_f32(float& c0, float& c1, float& c2,
+                                                               float& c3, uint32_t a0, uint32_t a1,
+                                                               uint32_t a2, uint32_t a3,
+                                                               uint32_t b0, uint32_t b1) {
+  mma(c0, c1, c2, c3, {a0, a1, a2, a3}, {b0, b1}, emulator::Operands::TF32);
 }
-inline void ldmatrix_sync_aligned_m8n8_x2_shared_b16(uint32_t& d0, uint32_t& d1, uint32_t from) {
-  ldmatrix<false>(from, d0, d1);
-}
-inline void ldmatrix_sync_aligned_m8n8_x2_trans_shared_b16(uint32_t& d0, uint32_t& d1,
-                                                           uint32_t from) {
-  ldmatrix<true>(from, d0, d1);
+inline void ldmatrix(uint32_t& d0, uint32_t& d1, uint32_t& d2, uint32_t& d3, uint32_t from,
+                     bool transposed) {
+  uint32_t to[4];
+  emulator::load_matrices(to, from, transposed);
+  d0 = to[0], d1 = to[1], d2 = to[2], d3 = to[3];
 }
 inline void ldmatrix_sync_aligned_m8n8_x4_shared_b16(uint32_t& d0, uint32_t& d1, uint32_t& d2,
                                                      uint32_t& d3, uint32_t from) {
-  ldmatrix<false>(from, d0, d1, d2, d3);
+  ldmatrix(d0, d1, d2, d3, from, false);
 }
 inline void ldmatrix_sync_aligned_m8n8_x4_trans_shared_b16(uint32_t& d0, uint32_t& d1, uint32_t& d2,
                                                            uint32_t& d3, uint32_t from) {
-  ldmatrix<true>(from, d0, d1, d2, d3);
+  ldmatrix(d0, d1, d2, d3, from, true);
 }
 inline void movmatrix_sync_aligned_m8n8_trans_b16(uint32_t& to, uint32_t from) {
   to = emulator::transpose_matrix(from);

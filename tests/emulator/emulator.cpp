@@ -19,7 +19,7 @@
 
 #include "cuda_runtime.h"
 
-emulator::Index threadIdx, blockIdx;
+emulator::Index threadIdx, blockIdx, gridDim;
 
 extern "C" {
 extern char __ehdr_start __attribute__((visibility("hidden")));
@@ -348,9 +348,16 @@ void check(const void* memory, size_t bytes, bool write, bool aligned, const voi
 uint16_t element_of(uint32_t pair, int upper) {
   return static_cast<uint16_t>(upper != 0 ? pair >> 16 : pair);
 }
-float value_of(uint32_t pair, int upper, bool is_half) {
+float value_of(uint32_t pair, int upper, Operands operands) {
   const uint16_t bits = element_of(pair, upper);
-  return is_half ? from_half(bits) : emulator_cast<float>(static_cast<uint32_t>(bits) << 16);
+  return operands == Operands::HALF ? from_half(bits)
+                                    : emulator_cast<float>(static_cast<uint32_t>(bits) << 16);
+}
+float value_of_tf32(uint32_t bits) {
+  // The hardware would drop these, which is no rounding.
+  if ((bits & 0x1fff) != 0 && (bits & 0x7f800000) != 0x7f800000)
+    fail("a product of tf32 gets a value that is not rounded to it");
+  return emulator_cast<float>(bits);
 }
 
 }  // namespace
@@ -370,6 +377,7 @@ int run(Index blocks, unsigned count, size_t shared_bytes, void (*body)(void*), 
   thread_closure = closure;
   closure_size = closure_bytes;
   cells.clear();
+  gridDim = blocks;
   std::vector<unsigned> queue(blocks.x * blocks.y * blocks.z);
   for (size_t at = 0; at < queue.size(); ++at) queue[at] = at;
   std::shuffle(queue.begin(), queue.end(), order);
@@ -459,21 +467,28 @@ uint32_t match_any(uint32_t mask, uint32_t value) {
   return own.result[0];
 }
 
-void mma(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bool is_half) {
+void mma(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Operands operands) {
   Thread& own = threads[current];
   std::memcpy(own.words, a, sizeof a);
   std::memcpy(own.words + 4, b, sizeof b);
   std::memcpy(own.words + 6, sum, sizeof sum);
   meet(~0u, "mma", [&](const std::vector<unsigned>& lanes) {
-    float first[16][16], second[16][8];
+    float first[16][16] = {}, second[16][8] = {};
     for (const unsigned thread : lanes) {
       const uint32_t* words = threads[thread].words;
       const int g = thread % 32 / 4, q = thread % 4 * 2;
+      if (operands == Operands::TF32) {
+        for (int part = 0; part < 4; ++part)
+          first[g + part % 2 * 8][q / 2 + part / 2 * 4] = value_of_tf32(words[part]);
+        for (int part = 0; part < 2; ++part)
+          second[q / 2 + part * 4][g] = value_of_tf32(words[4 + part]);
+        continue;
+      }
       for (int i = 0; i < 2; ++i) {
         for (int part = 0; part < 4; ++part)
-          first[g + part % 2 * 8][q + part / 2 * 8 + i] = value_of(words[part], i, is_half);
+          first[g + part % 2 * 8][q + part / 2 * 8 + i] = value_of(words[part], i, operands);
         for (int part = 0; part < 2; ++part)
-          second[q + part * 8 + i][g] = value_of(words[4 + part], i, is_half);
+          second[q + part * 8 + i][g] = value_of(words[4 + part], i, operands);
       }
     }
     for (const unsigned thread : lanes) {
@@ -492,16 +507,15 @@ void mma(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bool i
   std::memcpy(sum, own.result, sizeof sum);
 }
 
-void load_matrices(uint32_t* to, int count, uint32_t address, bool transposed) {
+void load_matrices(uint32_t (&to)[4], uint32_t address, bool transposed) {
   Thread& own = threads[current];
   const char* const base = static_cast<char*>(shared_memory());
-  const bool has_row = static_cast<int>(lane()) < count * 8;
-  if (has_row && address % 16 != 0) fail("ldmatrix from an address that is no multiple of 16");
-  if (IS_CHECKED && has_row) check(base + address, 16, false, true);
+  if (address % 16 != 0) fail("ldmatrix from an address that is no multiple of 16");
+  if (IS_CHECKED) check(base + address, 16, false, true);
   own.words[0] = address;
   meet(~0u, transposed ? "ldmatrix.trans" : "ldmatrix", [&](const std::vector<unsigned>& lanes) {
     const unsigned warp = lanes[0];
-    for (int matrix = 0; matrix < count; ++matrix) {
+    for (int matrix = 0; matrix < 4; ++matrix) {
       uint16_t elements[8][8];
       for (int row = 0; row < 8; ++row)
         std::memcpy(elements[row], base + threads[warp + matrix * 8 + row].words[0], 16);
@@ -513,7 +527,7 @@ void load_matrices(uint32_t* to, int count, uint32_t address, bool transposed) {
       }
     }
   });
-  std::memcpy(to, own.result, count * sizeof *to);
+  std::memcpy(to, own.result, sizeof to);
 }
 
 uint32_t transpose_matrix(uint32_t pair) {
@@ -560,6 +574,11 @@ uint16_t to_bfloat16(float value) {
   const auto bits = emulator_cast<uint32_t>(value);
   if (value != value) return 0x7fff;
   return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+// Halves are rounded away from zero.
+uint32_t to_tf32(float value) {
+  const auto bits = emulator_cast<uint32_t>(value);
+  return std::isfinite(value) ? (bits + 0x1000) & ~0x1fffu : bits & ~0x1fffu;
 }
 
 }  // namespace emulator

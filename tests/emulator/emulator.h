@@ -24,9 +24,10 @@ void arrive(int barrier, int count);
 void sync_warp(uint32_t mask);
 uint32_t shuffle(uint32_t mask, uint32_t value, int source);
 uint32_t match_any(uint32_t mask, uint32_t value);
-void mma(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bool is_half);
-// One, two or four 8 x 8 matrices; lane l has the address of row l.
-void load_matrices(uint32_t* to, int count, uint32_t shared_address, bool transposed);
+// sum += a b, of sixteen columns of a, or of eight of tf32.
+enum class Operands { HALF, BFLOAT16, TF32 };
+void mma(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Operands operands);
+void load_matrices(uint32_t (&to)[4], uint32_t shared_address, bool transposed);
 uint32_t transpose_matrix(uint32_t pair);
 void copy_async(uint32_t to, const void* from, int bytes);
 void wait_for_copies();
@@ -36,7 +37,8 @@ unsigned lane();
 float from_half(uint16_t bits);
 uint16_t to_half(float value);
 uint16_t to_bfloat16(float value);
+uint32_t to_tf32(float value);
 
 }  // namespace emulator
 
-extern emulator::Index threadIdx, blockIdx;
+extern emulator::Index threadIdx, blockIdx, gridDim;

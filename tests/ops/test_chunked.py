@@ -7,33 +7,53 @@ import itertools
 import pytest
 import torch
 
-from comparing import TOLERANCES, assert_matches_reference, random_call, relative_rms, run
+from comparing import (
+    TOLERANCES,
+    assert_matches_reference,
+    dtype_options,
+    random_call,
+    relative_rms,
+    run,
+)
 from rwkv_jit import Op, get_op
-from rwkv_jit.launch import TORCH_DTYPES
 from rwkv_jit.ops import SPECS
 
 CHUNKED = [("wkv7", 64), ("wkv7", 128), ("wkv6", 64), ("wkv5", 64)]
 for_each_kernel = pytest.mark.parametrize(("name", "size"), CHUNKED)
 for_each_dtype = pytest.mark.parametrize(
     ("name", "size", "dtype"),
-    [*((*kernel, "bf16") for kernel in CHUNKED), ("wkv7", 64, "fp16"), ("wkv7", 128, "fp16")],
+    [
+        *((*kernel, "bf16") for kernel in CHUNKED),
+        *(("wkv7", *row) for row in ((64, "fp16"), (128, "fp16"), (64, "tf32"))),
+    ],
 )
 
 
 def on_tensor_cores(name: str, size: int, dtype: str = "bf16", **options: object) -> Op:
     if dtype == "fp16":
         options["decay"] = "logit"
-    op = get_op(name, head_size=size, dtype=TORCH_DTYPES[dtype], device="cuda", **options)  # type: ignore[arg-type]
+    op = get_op(name, head_size=size, device="cuda", **dtype_options(dtype), **options)  # type: ignore[arg-type]
     assert "chunked" in SPECS[name].variant(op.config, "backward").template
     return op
 
 
 @pytest.mark.gpu
 @for_each_dtype
-@pytest.mark.parametrize("length", [1, 16, 17, 31, 63, 64, 65, 127, 128, 129, 145, 300])
+@pytest.mark.parametrize("length", [1, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129, 145, 300])
 def test_tails_of_spans_match_the_reference(name: str, size: int, dtype: str, length: int) -> None:
     call = random_call(2, length, 2, size, op=name)
     assert_matches_reference(on_tensor_cores(name, size, dtype), call, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "arch"), [("bf16", "8.0"), ("bf16", "8.6"), ("tf32", "8.0")])
+def test_kernels_for_less_shared_memory_match_the_reference(
+    request: pytest.FixtureRequest, dtype: str, arch: str
+) -> None:
+    if not request.config.getoption("emulate_gpu"):
+        pytest.skip("each runs on its own architecture alone, or emulated")
+    op = get_op("wkv7", head_size=64, arch=arch, **dtype_options(dtype))
+    assert_matches_reference(op, random_call(2, 70, 2, 64), "cuda")
 
 
 @pytest.mark.gpu
@@ -95,8 +115,10 @@ def test_a_sequence_of_a_batch_has_the_bits_that_it_has_alone(
 ) -> None:
     op = on_tensor_cores(name, size, dtype)
     bounds = [0, 1, 70, 70, 134, 333]
-    batch = random_call(1, 333, 2, size, op=name, sequences=5).rounded(op)
-    batch.cu_seqlens = torch.tensor(bounds)
+    # So many that there is a block for each sequence and head, where several share one alone.
+    others = range(334, 334 + 75)
+    batch = random_call(1, others[-1], 2, size, op=name, sequences=80).rounded(op)
+    batch.cu_seqlens = torch.tensor([*bounds, *others])
     together = run(op, batch, "cuda")
     of_sequences = {"final_state", "dinitial_state"}
     for s, (begin, end) in enumerate(itertools.pairwise(bounds)):

@@ -79,7 +79,7 @@ def assert_right(
     """y and the pool against the float64 recurrence."""
     y, pool = right_results(op, tokens, state, bounds, slots)
     given = op(*tokens, state, bounds, slots)
-    limit = TOLERANCES[op.config.dtype][0]
+    limit = TOLERANCES[op.config.rounded_to][0]
     assert relative_rms(given, y) < limit
     assert relative_rms(state, pool) < max(limit, TOLERANCES[op.config.state_dtype][0])
 
@@ -96,6 +96,13 @@ def test_results_and_states_match_the_reference(
     tokens, state = draw(op, device, 3, 70, 2, slots=5)
     assert_right(op, tokens, state, None, indices([4, 0, 2], device))
     assert_right(op, *packed_call(op, device, ADVERSARIAL, beyond=9, more=3))
+
+
+@pytest.mark.gpu
+def test_results_and_states_match_the_reference_in_tf32() -> None:
+    op = get_op("wkv7_prefill", head_size=64, dtype=torch.float32, device="cuda", precision="tf32")
+    assert op.config.precision == "tf32"
+    assert_right(op, *packed_call(op, "cuda", ADVERSARIAL, beyond=9, more=3))
 
 
 @on_each_device

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from comparing import assert_matches_reference, random_call, run
+from comparing import assert_matches_reference, dtype_options, random_call, run
 from rwkv_jit import Op, get_op
 from rwkv_jit.launch import TORCH_DTYPES
 
@@ -28,8 +28,13 @@ def test_vectors_that_are_not_of_length_one_match_the_reference(
     )
 
 
-def on_tensor_cores(size: int = 64, **options: object) -> Op:
-    return get_op("wkv7", head_size=size, dtype=torch.bfloat16, device="cuda", **options)  # type: ignore[arg-type]
+def on_tensor_cores(size: int = 64, dtype: str = "bf16", **options: object) -> Op:
+    return get_op("wkv7", head_size=size, device="cuda", **dtype_options(dtype), **options)  # type: ignore[arg-type]
+
+
+for_each_kernel = pytest.mark.parametrize(
+    ("size", "dtype"), [(64, "bf16"), (128, "bf16"), (64, "tf32")]
+)
 
 
 def decays(shape: tuple[int, ...], values: list[float]) -> torch.Tensor:
@@ -53,7 +58,7 @@ def test_any_decay_matches_the_reference_at_head_size_128(decay: str, values: li
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("size", [64, 128])
+@for_each_kernel
 @pytest.mark.parametrize(
     ("decay", "values"),
     [
@@ -64,19 +69,21 @@ def test_any_decay_matches_the_reference_at_head_size_128(decay: str, values: li
     ],
 )
 def test_decays_down_to_the_bound_match_the_reference(
-    size: int, decay: str, values: list[float]
+    size: int, dtype: str, decay: str, values: list[float]
 ) -> None:
-    op = on_tensor_cores(size, decay=decay, lower_bound=-8.0)
+    op = on_tensor_cores(size, dtype, decay=decay, lower_bound=-8.0)
     assert op.config.bounded
     call = random_call(2, 75, 2, size, w=decays((2, 75, 2, size), values))
     assert_matches_reference(op, call, "cuda")
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("size", [64, 128])
+@for_each_kernel
 @pytest.mark.parametrize("below", [-50.0, -torch.inf])
-def test_a_decay_below_a_declared_bound_counts_as_e_to_the_minus_8(size: int, below: float) -> None:
-    op = on_tensor_cores(size, decay="log", lower_bound=-0.61)
+def test_a_decay_below_a_declared_bound_counts_as_e_to_the_minus_8(
+    size: int, dtype: str, below: float
+) -> None:
+    op = on_tensor_cores(size, dtype, decay="log", lower_bound=-0.61)
     call = random_call(2, 75, 2, size, w=decays((2, 75, 2, size), [-0.5, -8.0])).rounded(op)
     at_bound = run(op, call, "cuda")
     call.tokens["w"] = call.tokens["w"].masked_fill(call.tokens["w"] == -8, below)
@@ -84,8 +91,8 @@ def test_a_decay_below_a_declared_bound_counts_as_e_to_the_minus_8(size: int, be
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("size", [64, 128])
-def test_tokens_that_hardly_differ_match_the_reference(size: int) -> None:
+@for_each_kernel
+def test_tokens_that_hardly_differ_match_the_reference(size: int, dtype: str) -> None:
     call = random_call(1, 512, 4, size, identical=True)
     call.tokens = {name: x + 1e-3 * torch.randn_like(x) for name, x in call.tokens.items()}
-    assert_matches_reference(on_tensor_cores(size), call, "cuda")
+    assert_matches_reference(on_tensor_cores(size, dtype), call, "cuda")

@@ -18,16 +18,16 @@ __device__ __forceinline__ void lower_triangle(Accumulator (&matrix)[2]) {
     }
 }
 
-// Writes an accumulator of 8 columns to rows of bf16, COLUMNS apart.
+// Writes an accumulator of 8 columns, rounded, to rows COLUMNS apart.
 template <int COLUMNS>
 __device__ __forceinline__ void store_tile(const Accumulator& tile, Element* to) {
   const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
-  *reinterpret_cast<uint32_t*>(to + g * COLUMNS + 2 * q) = pack(tile[0], tile[1]);
-  *reinterpret_cast<uint32_t*>(to + (g + 8) * COLUMNS + 2 * q) = pack(tile[2], tile[3]);
+  *reinterpret_cast<Packed*>(to + g * COLUMNS + 2 * q) = pack(tile[0], tile[1]);
+  *reinterpret_cast<Packed*>(to + (g + 8) * COLUMNS + 2 * q) = pack(tile[2], tile[3]);
 }
 
 // A pair of values times a factor each: a tile's factors of token g, or g + 8 if `row` is 1.
-__device__ __forceinline__ uint32_t scaled(uint32_t pair, const Accumulator& factors, int row) {
+__device__ __forceinline__ Packed scaled(Packed pair, const Accumulator& factors, int row) {
   return pack(low_of(pair) * factors[2 * row], high_of(pair) * factors[2 * row + 1]);
 }
 
@@ -55,7 +55,7 @@ __device__ __forceinline__ void store_rows(const OperandA& rows, Element* to) {
   const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
 #pragma unroll
   for (int at = 0; at < 4; ++at)
-    *reinterpret_cast<uint32_t*>(to + (g + at % 2 * 8) * ROW + at / 2 * 8 + 2 * q) = rows.at[at];
+    *reinterpret_cast<Packed*>(to + (g + at % 2 * 8) * ROW + at / 2 * 8 + 2 * q) = rows.at[at];
 }
 __device__ __forceinline__ void store_rows(const OperandB& rows, Element* to) {
   store_rows(to_first(rows), to);
@@ -102,15 +102,33 @@ __device__ __forceinline__ void running_sum_back(float& upper, float& lower) {
   upper += __shfl_sync(0xffffffffu, lower, lane % 4);
 }
 
+// Writes a row's pairs of two tiles, of which the left one's place is `to`. Two lanes give each other
+// one of 16-bit values, so that a row's are one sector of memory, written at once.
+template <typename Pair>
+__device__ __forceinline__ void store_row(const Pair& left, const Pair& right, Element* to,
+                                          bool valid) {
+  if constexpr (IS_FP32) {
+    if (!valid) return;
+    *reinterpret_cast<Pair*>(to) = left;
+    *reinterpret_cast<Pair*>(to + 8) = right;
+  } else {
+    const bool is_right = threadIdx.x % 2;
+    const Pair got = __shfl_xor_sync(0xffffffffu, is_right ? left : right, 1);
+    if (valid)
+      *reinterpret_cast<uint2*>(to + (is_right ? 6 : 0)) =
+          is_right ? make_uint2(got, right) : make_uint2(left, got);
+  }
+}
+
 // Writes a gradient [token, channel] of such pairs.
 __device__ __forceinline__ void store_pairs(const Accumulator (&values)[2], void* to, int64_t at,
                                             int token_stride, const bool (&valid)[2]) {
   Element* first = static_cast<Element*>(to) + at;
 #pragma unroll
-  for (int part = 0; part < 4; ++part)
-    if (valid[part % 2])
-      *reinterpret_cast<uint32_t*>(first + part % 2 * 8 * token_stride + part / 2 * 8) =
-          pack(values[part / 2][part % 2 * 2], values[part / 2][part % 2 * 2 + 1]);
+  for (int row = 0; row < 2; ++row)
+    store_row(stored(values[0][2 * row], values[0][2 * row + 1]),
+              stored(values[1][2 * row], values[1][2 * row + 1]), first + row * 8 * token_stride,
+              valid[row]);
 }
 __device__ __forceinline__ void store_wide_pairs(const Accumulator (&values)[2], void* to,
                                                  int64_t at, int token_stride,
@@ -158,6 +176,12 @@ __device__ __forceinline__ void scale_and_add(Accumulator (&gradient)[2],
   for (int at = 0; at < 8; ++at)
     gradient[at / 4][at % 4] =
         fmaf(gradient[at / 4][at % 4], factors[at / 4][at % 4], others[at / 4][at % 4]);
+}
+
+// to += from.
+__device__ __forceinline__ void add(const Accumulator (&from)[2], Accumulator (&to)[2]) {
+#pragma unroll
+  for (int at = 0; at < 8; ++at) to[at / 4][at % 4] += from[at / 4][at % 4];
 }
 
 // sum += rows * gradients (or less them), elementwise.

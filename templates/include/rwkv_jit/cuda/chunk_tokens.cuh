@@ -45,7 +45,7 @@ struct Tokens {
 template <int COUNT, int THREADS>
 __device__ __forceinline__ void fetch_rows(const void* from, const Tokens& tokens, int first,
                                            int thread, Element (*to)[ROW]) {
-  constexpr int PIECE = 8, PIECES = CHANNELS / PIECE, STEP = THREADS / PIECES;
+  constexpr int PIECE = 16 / sizeof(Element), PIECES = CHANNELS / PIECE, STEP = THREADS / PIECES;
   const int row = thread / PIECES, column = thread % PIECES * PIECE;
   if (STEP > COUNT && row >= COUNT) return;
   const Element* source = static_cast<const Element*>(from) + tokens.at(first + row) + column;
@@ -53,6 +53,9 @@ __device__ __forceinline__ void fetch_rows(const void* from, const Tokens& token
   for (int at = 0; at < COUNT; at += STEP)
     copy_async(&to[row + at][column], source + at * tokens.stride, first + row + at < tokens.count);
 }
+
+// Whether w, or its gradient, is of float32 while the other tensors of tokens are not.
+__device__ __forceinline__ bool is_wide(int32_t dtype) { return !IS_FP32 && dtype == FP32; }
 
 // Where the elements of a lane's second operand lie, whose rows are tokens and columns channels:
 // element `at` of eight is token operand_token(at) of channel g, or g + 8 from element 4 on.
@@ -74,7 +77,7 @@ __device__ __forceinline__ void load_wide_decay(const void* from, const Tokens& 
   }
 }
 
-// Values in two parts, which together keep 16 bits of them or, of fp16, 22.
+// Values in two parts, which together keep 16 bits of them or, of fp16 and tf32, 22.
 struct Split {
   OperandB high, low;
 };
@@ -84,7 +87,7 @@ __device__ __forceinline__ Split split(const float (&values)[8]) {
 #pragma unroll
   for (int at = 0; at < 4; ++at) {
     const float x = values[2 * at], y = values[2 * at + 1];
-    uint32_t& high = parts.high.at[at];
+    Packed& high = parts.high.at[at];
     high = pack(x, y);
     parts.low.at[at] = pack(x - low_of(high), y - high_of(high));
   }
@@ -107,7 +110,7 @@ __device__ __forceinline__ Split split(const Accumulator (&values)[2]) {
 // Matrices [16 x 16] of 0 and 1 (or -1) that sum over a chunk's tokens: row t is the sum over
 // tokens s.
 struct TokenSums {
-  uint32_t up_to, before, from, after;  // s <= t, s < t, s >= t, s > t within eight tokens
+  Packed up_to, before, from, after;  // s <= t, s < t, s >= t, s > t within eight tokens
 
   __device__ __forceinline__ TokenSums() {
     const int g = threadIdx.x % 32 / 4, x = threadIdx.x % 4 * 2, y = x + 1;
@@ -119,31 +122,43 @@ struct TokenSums {
 
   // The matrix of 1 that changes nothing.
   __device__ __forceinline__ OperandA same() const {
-    return {up_to ^ before, 0, 0, up_to ^ before};
+    const Packed own = less(up_to, before);
+    return {own, {}, {}, own};
   }
-  __device__ __forceinline__ OperandA sum_up_to() const { return {up_to, ONES, 0, up_to}; }
-  __device__ __forceinline__ OperandA sum_before() const { return {before, ONES, 0, before}; }
+  __device__ __forceinline__ OperandA sum_up_to() const { return {up_to, all(), {}, up_to}; }
+  __device__ __forceinline__ OperandA sum_before() const { return {before, all(), {}, before}; }
   // The first row, whose sum before it is nothing, has the sum of all tokens instead.
   __device__ __forceinline__ OperandA sum_before_and_all() const {
     const bool first = threadIdx.x % 32 < 4;
-    return {first ? ONES : before, ONES, first ? ONES : 0, before};
+    return {first ? all() : before, all(), first ? all() : Packed{}, before};
   }
-  __device__ __forceinline__ OperandA sum_from() const { return {from, 0, ONES, from}; }
-  __device__ __forceinline__ OperandA sum_after() const { return {after, 0, ONES, after}; }
+  __device__ __forceinline__ OperandA sum_from() const { return {from, {}, all(), from}; }
+  __device__ __forceinline__ OperandA sum_after() const { return {after, {}, all(), after}; }
   // Rows 0..7 are the sum over the chunk's first half, rows 8..15 over its second.
-  __device__ __forceinline__ OperandA halves() const { return {ONES, 0, 0, ONES}; }
+  __device__ __forceinline__ OperandA halves() const { return {all(), {}, {}, all()}; }
   // From the chunk's middle up to t: what follows t is taken off where t lies before it.
-  __device__ __forceinline__ OperandA from_middle() const { return {after ^ MINUS, 0, 0, up_to}; }
+  __device__ __forceinline__ OperandA from_middle() const { return {minus(after), {}, {}, up_to}; }
   __device__ __forceinline__ OperandA from_middle_before() const {
-    return {from ^ MINUS, 0, 0, before};
+    return {minus(from), {}, {}, before};
   }
 
  private:
-  static constexpr uint32_t ONE = IS_FP16 ? 0x3c00u : 0x3f80u, ONES = ONE << 16 | ONE;
-  static constexpr uint32_t MINUS = 0x80008000u;  // -0 is as good as 0
-
-  static __device__ __forceinline__ uint32_t ones(bool low, bool high) {
-    return (low ? ONE : 0u) | (high ? ONE << 16 : 0u);
+  // A matrix less another of some of its ones, and less all of them; -0 is as good as 0.
+  static __device__ __forceinline__ uint32_t less(uint32_t x, uint32_t y) { return x ^ y; }
+  static __device__ __forceinline__ float2 less(float2 x, float2 y) {
+    return {x.x - y.x, x.y - y.y};
+  }
+  static __device__ __forceinline__ uint32_t minus(uint32_t x) { return x ^ 0x80008000u; }
+  static __device__ __forceinline__ float2 minus(float2 x) { return {-x.x, -x.y}; }
+  static __device__ __forceinline__ Packed all() { return ones(true, true); }
+  template <typename Pair = Packed>
+  static __device__ __forceinline__ Pair ones(bool low, bool high) {
+    if constexpr (std::is_same_v<Pair, float2>) {
+      return {low ? 1.0f : 0.0f, high ? 1.0f : 0.0f};
+    } else {
+      constexpr uint32_t ONE = IS_FP16 ? 0x3c00u : 0x3f80u;
+      return (low ? ONE : 0u) | (high ? ONE << 16 : 0u);
+    }
   }
 };
 

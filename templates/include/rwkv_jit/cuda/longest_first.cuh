@@ -47,14 +47,4 @@ __global__ void __launch_bounds__(ORDER_THREADS) order_kernel(const Args args) {
   }
 }
 
-// Whether there are more blocks than the current GPU runs at once.
-inline bool exceeds(int64_t blocks, int per_multiprocessor) {
-  int device = 0, multiprocessors = 0;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) !=
-          cudaSuccess)
-    return true;
-  return blocks > int64_t{multiprocessors} * per_multiprocessor;
-}
-
 }  // namespace rwkv_jit

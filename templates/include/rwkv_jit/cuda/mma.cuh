@@ -9,91 +9,146 @@
 #include <type_traits>
 
 #include "rwkv_jit/cuda/copy.cuh"
+#include "rwkv_jit/cuda/element.cuh"
 
 namespace rwkv_jit {
 
-// The source that includes this defines Element, bf16 or fp16.
-constexpr bool IS_FP16 = std::is_same_v<Element, __half>;
-static_assert(IS_FP16 || std::is_same_v<Element, __nv_bfloat16>);
+// The source that includes this defines Element: bf16, fp16, or fp32, whose products have operands
+// of tf32.
+constexpr bool IS_FP16 = std::is_same_v<Element, fp16>, IS_FP32 = std::is_same_v<Element, fp32>;
+static_assert(IS_FP16 || IS_FP32 || std::is_same_v<Element, bf16>);
+
+// Two neighbours as a fragment has them: those of 16 bits share a register.
+using Packed = Pair<Element>;
 
 // A 16 x 8 product: (g, 2q), (g, 2q + 1), (g + 8, 2q), (g + 8, 2q + 1).
 using Accumulator = float[4];
 // A 16 x 16 first operand, in pairs of columns: (g, left), (g + 8, left), (g, right),
 // (g + 8, right), where left is columns 2q and 2q + 1, right is those and eight.
 struct OperandA {
-  uint32_t at[4];
+  Packed at[4];
 };
 // A 16 x 16 second operand, in pairs of rows: (upper, g), (lower, g), (upper, g + 8),
 // (lower, g + 8), where upper is rows 2q and 2q + 1, lower is those and eight.
 struct OperandB {
-  uint32_t at[4];
+  Packed at[4];
 };
 
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-  uint32_t pair;
-  if constexpr (IS_FP16) {
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  } else {
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  }
+__device__ __forceinline__ float low_of(Packed pair) { return load_pair<Element>(pair).x; }
+__device__ __forceinline__ float high_of(Packed pair) { return load_pair<Element>(pair).y; }
+
+// A pair as a tensor has it, and as a product takes it.
+__device__ __forceinline__ Packed stored(float low, float high) {
+  Packed pair;
+  store_pair<Element>(pair, make_float2(low, high));
   return pair;
 }
-__device__ __forceinline__ float low_of(uint32_t pair) {
-  if constexpr (IS_FP16) return __low2float(*reinterpret_cast<const __half2*>(&pair));
-  return __uint_as_float(pair << 16);
+__device__ __forceinline__ float to_tf32(float value) {
+  uint32_t bits;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm("cvt.rn.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+#else  // which later architectures take four instructions for
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+#endif
+  return __uint_as_float(bits);
 }
-__device__ __forceinline__ float high_of(uint32_t pair) {
-  if constexpr (IS_FP16) return __high2float(*reinterpret_cast<const __half2*>(&pair));
-  return __uint_as_float(pair & 0xffff0000u);
+__device__ __forceinline__ Packed pack(float low, float high) {
+  return IS_FP32 ? stored(to_tf32(low), to_tf32(high)) : stored(low, high);
 }
 
-__device__ __forceinline__ void mma(Accumulator& sum, const OperandA& a, uint32_t b_upper,
+// sum += a b: with a first operand and one tile of a second.
+__device__ __forceinline__ void mma(Accumulator& sum, const uint32_t (&a)[4], uint32_t b_upper,
                                     uint32_t b_lower) {
   if constexpr (IS_FP16) {
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-        : "r"(a.at[0]), "r"(a.at[1]), "r"(a.at[2]), "r"(a.at[3]), "r"(b_upper), "r"(b_lower));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b_upper), "r"(b_lower));
   } else {
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-        : "r"(a.at[0]), "r"(a.at[1]), "r"(a.at[2]), "r"(a.at[3]), "r"(b_upper), "r"(b_lower));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b_upper), "r"(b_lower));
   }
+}
+// Half of a's columns and b's rows. Their order is free, so x lies where the instruction has the
+// first four of them, and y where it has the others.
+__device__ __forceinline__ void mma(Accumulator& sum, float2 a_upper, float2 a_lower, float2 b) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(__float_as_uint(a_upper.x)), "r"(__float_as_uint(a_lower.x)),
+        "r"(__float_as_uint(a_upper.y)), "r"(__float_as_uint(a_lower.y)), "r"(__float_as_uint(b.x)),
+        "r"(__float_as_uint(b.y)));
+}
+__device__ __forceinline__ void mma(Accumulator& sum, const float2 (&a)[4], float2 b_upper,
+                                    float2 b_lower) {
+  mma(sum, a[0], a[1], b_upper);
+  mma(sum, a[2], a[3], b_lower);
 }
 
 // sum += a b, sum's columns in two tiles.
 __device__ __forceinline__ void add_product(Accumulator& left, Accumulator& right,
                                             const OperandA& a, const OperandB& b) {
-  mma(left, a, b.at[0], b.at[1]);
-  mma(right, a, b.at[2], b.at[3]);
+  mma(left, a.at, b.at[0], b.at[1]);
+  mma(right, a.at, b.at[2], b.at[3]);
 }
 
-// An accumulator as it lies in memory, as it is or rounded.
+// An accumulator as it lies in memory, as it is or rounded to bf16.
 __device__ __forceinline__ void put(const Accumulator& from, float4& to) {
   to = make_float4(from[0], from[1], from[2], from[3]);
 }
 __device__ __forceinline__ void put(const Accumulator& from, uint2& to) {
-  to = make_uint2(pack(from[0], from[1]), pack(from[2], from[3]));
+  store_pair<bf16>(to.x, make_float2(from[0], from[1]));
+  store_pair<bf16>(to.y, make_float2(from[2], from[3]));
 }
 __device__ __forceinline__ void get(float4 from, Accumulator& to) {
   to[0] = from.x, to[1] = from.y, to[2] = from.z, to[3] = from.w;
 }
 __device__ __forceinline__ void get(uint2 from, Accumulator& to) {
-  to[0] = low_of(from.x), to[1] = high_of(from.x);
-  to[2] = low_of(from.y), to[3] = high_of(from.y);
+  const float2 upper = load_pair<bf16>(from.x), lower = load_pair<bf16>(from.y);
+  to[0] = upper.x, to[1] = upper.y, to[2] = lower.x, to[3] = lower.y;
 }
 
-// Two tiles side by side, rounded to an operand.
+// Two tiles side by side, rounded to an operand or, where PAIR is `stored`, as a tensor has them.
+template <Packed (*PAIR)(float, float) = pack>
 __device__ __forceinline__ OperandA to_operand(const Accumulator& left, const Accumulator& right) {
-  return {pack(left[0], left[1]), pack(left[2], left[3]), pack(right[0], right[1]),
-          pack(right[2], right[3])};
+  return {PAIR(left[0], left[1]), PAIR(left[2], left[3]), PAIR(right[0], right[1]),
+          PAIR(right[2], right[3])};
+}
+
+// Pairs of a tensor as a product takes them.
+template <typename Pairs>
+__device__ __forceinline__ Pairs rounded(Pairs pairs) {
+  if constexpr (IS_FP32)
+    for (Packed& pair : pairs.at) pair = pack(low_of(pair), high_of(pair));
+  return pairs;
 }
 
 // The four 8 x 8 matrices of a 16 x 16 block: left ones first, or (not DOWN) upper ones
 // first; each transposed if TURNED.
+template <int STRIDE, bool DOWN, bool TURNED>
+__device__ __forceinline__ void load_matrices(const float* block, float2 (&to)[4]) {
+  const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+#pragma unroll
+  for (int at = 0; at < 4; ++at) {
+    const int row = DOWN ? at % 2 * 8 : at / 2 * 8, column = DOWN ? at / 2 * 8 : at % 2 * 8;
+    const float* matrix = block + row * STRIDE + column;
+    if constexpr (TURNED) {
+      // Where the rows 0 and 4 are in the same banks, half of the lanes read their second value
+      // first: 0, 2, 5 and 7 are not.
+      const int later = STRIDE % 16 == 8 ? q / 2 : 0;
+      const float one = matrix[(2 * q + later) * STRIDE + g],
+                  other = matrix[(2 * q + 1 - later) * STRIDE + g];
+      to[at] = later ? make_float2(other, one) : make_float2(one, other);
+    } else {
+      to[at] = *reinterpret_cast<const float2*>(matrix + g * STRIDE + 2 * q);
+    }
+  }
+}
 template <int STRIDE, bool DOWN, bool TURNED>
 __device__ __forceinline__ void load_matrices(const Element* block, uint32_t (&to)[4]) {
   const int lane = threadIdx.x % 32;
@@ -135,6 +190,15 @@ __device__ __forceinline__ uint32_t turned(uint32_t pair) {
   uint32_t to;
   asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(to) : "r"(pair));
   return to;
+}
+__device__ __forceinline__ float2 turned(float2 pair) {
+  const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4, from = 8 * q + g / 2;
+  // Even rows give x and odd ones y, then the other; even columns take from an even row, then an
+  // odd one.
+  const bool odd = g % 2 != 0;
+  const float one = __shfl_sync(0xffffffffu, odd ? pair.y : pair.x, odd ? from + 4 : from);
+  const float other = __shfl_sync(0xffffffffu, odd ? pair.x : pair.y, odd ? from : from + 4);
+  return odd ? make_float2(other, one) : make_float2(one, other);
 }
 __device__ __forceinline__ OperandB to_second(const OperandA& a) {
   return {turned(a.at[0]), turned(a.at[1]), turned(a.at[2]), turned(a.at[3])};

@@ -215,7 +215,7 @@ __device__ __forceinline__ void add_bonus(const OperandA& r, const OperandB& k,
                                           const float (&bonus)[2][2], float (&diagonal)[2]) {
 #pragma unroll
   for (int at = 0; at < 4; ++at) {
-    const uint32_t x = r.at[at], y = k.at[at % 2 * 2 + at / 2];
+    const Packed x = r.at[at], y = k.at[at % 2 * 2 + at / 2];
     float& sum = diagonal[at % 2];
     sum = fmaf(low_of(x) * bonus[at / 2][0], low_of(y), sum);
     sum = fmaf(high_of(x) * bonus[at / 2][1], high_of(y), sum);
@@ -239,7 +239,7 @@ __device__ __forceinline__ void add_parts(const Accumulator (&sum)[2], Partials<
       const float2 more = partials[from][pair][lane];
       whole.x += more.x, whole.y += more.y;
     }
-    *reinterpret_cast<uint32_t*>(&chunk.m[lane / 4 + pair % 2 * 8][pair / 2 * 8 + lane % 4 * 2]) =
+    *reinterpret_cast<Packed*>(&chunk.m[lane / 4 + pair % 2 * 8][pair / 2 * 8 + lane % 4 * 2]) =
         pack(whole.x, whole.y);
   }
 }

@@ -15,8 +15,8 @@
 
 namespace rwkv_jit {
 
-// A chunk's tensors as they lie in memory; zeros for tokens that are not there. A w of float32 is
-// read from where it is.
+// A chunk's tensors as they lie in memory; zeros for tokens that are not there. A wider w is read
+// from where it is.
 struct Raw {
   Element r[TOKENS][ROW], k[TOKENS][ROW], a[TOKENS][ROW], b[TOKENS][ROW], w[TOKENS][ROW];
 };
@@ -25,12 +25,14 @@ struct Raw {
 template <int THREADS, typename Args>
 __device__ __forceinline__ void fetch(const Args& args, const Tokens& tokens, int first, int thread,
                                       Raw& raw) {
-  if (args.w_dtype != FP32) fetch_rows<TOKENS, THREADS>(args.w, tokens, first, thread, raw.w);
+  if (!is_wide(args.w_dtype)) fetch_rows<TOKENS, THREADS>(args.w, tokens, first, thread, raw.w);
   fetch_rows<TOKENS, THREADS>(args.a, tokens, first, thread, raw.a);
   fetch_rows<TOKENS, THREADS>(args.r, tokens, first, thread, raw.r);
   fetch_rows<TOKENS, THREADS>(args.b, tokens, first, thread, raw.b);
   fetch_rows<TOKENS, THREADS>(args.k, tokens, first, thread, raw.k);
 }
+
+constexpr int SOLVED = IS_FP32 ? 20 : TOKENS;  // columns of T and G in shared memory
 
 struct Chunk {
   Element w[TOKENS][ROW];      // W; before that a P-
@@ -45,7 +47,7 @@ struct Chunk {
   };
   union {
     float lower[TOKENS][20];             // A_ab by columns
-    Element solved[2 * TOKENS][TOKENS];  // T and G, by columns
+    Element solved[2 * TOKENS][SOLVED];  // T and G, by columns
   };
 };
 
@@ -64,7 +66,9 @@ __device__ __forceinline__ void store_columns(const Accumulator (&matrix)[2],
 // solves (I - A_ab) x = e or A_ak's column. The tensor cores' precision would not do: with repeated
 // keys the inverse's entries grow.
 __device__ __forceinline__ void solve(Chunk& chunk) {
-  const int lane = threadIdx.x % 32;
+  int lane = threadIdx.x % 32;
+  // What is known of it the compiler keeps from chunk to chunk, in registers that float32 lacks.
+  if constexpr (IS_FP32) lane = __shfl_sync(0xffffffffu, lane, lane);
   float x[TOKENS];
 #pragma unroll
   for (int row = 0; row < TOKENS; row += 4) {
@@ -85,9 +89,18 @@ __device__ __forceinline__ void solve(Chunk& chunk) {
         if (row + at > column) x[row + at] = fmaf(factors[at], x[column], x[row + at]);
     }
   __syncwarp();  // every lane has read `lower`, whose place this takes
-  uint4* to = reinterpret_cast<uint4*>(chunk.solved[lane]);
-  to[0] = make_uint4(pack(x[0], x[1]), pack(x[2], x[3]), pack(x[4], x[5]), pack(x[6], x[7]));
-  to[1] = make_uint4(pack(x[8], x[9]), pack(x[10], x[11]), pack(x[12], x[13]), pack(x[14], x[15]));
+  constexpr int PAIRS = 16 / sizeof(Packed);
+  struct alignas(16) Piece {
+    Packed at[PAIRS];
+  };
+#pragma unroll
+  for (int first = 0; first < TOKENS / 2; first += PAIRS) {
+    Piece piece;
+#pragma unroll
+    for (int at = 0; at < PAIRS; ++at)
+      piece.at[at] = pack(x[2 * (first + at)], x[2 * (first + at) + 1]);
+    *reinterpret_cast<Piece*>(&chunk.solved[lane][2 * first]) = piece;
+  }
   __syncwarp();
 }
 
@@ -147,29 +160,36 @@ __device__ __forceinline__ void factors_of(const OperandA& sums, const OperandA&
   if constexpr (BOUNDED) scale_by_half<0>(inside, halves, factors);
 }
 
-// This lane's sixteen bytes of sixteen rows of sixteen channels.
+// This lane's first sixteen bytes of sixteen rows of sixteen channels.
 __device__ __forceinline__ float4* kept_place(Element* rows) {
   return reinterpret_cast<float4*>(rows + threadIdx.x % 16 * ROW + threadIdx.x % 32 / 16 * 8);
 }
 
 // Rows times factors, kept as floats until what is added to them is known, so that they are rounded
-// once: the first tile in shared memory where the sum will be, the second in registers, which do
-// not do for both.
+// once: the first tile in shared memory where the sum will be, the second there, too, where an
+// element is as large as a float, else in registers, which do not do for both.
 __device__ __forceinline__ void keep_rows(const OperandA& rows, const Accumulator (&factors)[2],
                                           Element* first, Accumulator& second) {
   Accumulator both[2];
   widen(rows, both);
   scale(both, factors);
-  *kept_place(first) = make_float4(both[0][0], both[0][1], both[0][2], both[0][3]);
+  put(both[0], kept_place(first)[0]);
+  if constexpr (IS_FP32) {
+    put(both[1], kept_place(first)[1]);
+  } else {
 #pragma unroll
-  for (int at = 0; at < 4; ++at) second[at] = both[1][at];
+    for (int at = 0; at < 4; ++at) second[at] = both[1][at];
+  }
 }
 __device__ __forceinline__ void kept_rows(Element* first, const Accumulator& second,
                                           Accumulator (&to)[2]) {
-  const float4 four = *kept_place(first);
-  to[0][0] = four.x, to[0][1] = four.y, to[0][2] = four.z, to[0][3] = four.w;
+  get(kept_place(first)[0], to[0]);
+  if constexpr (IS_FP32) {
+    get(kept_place(first)[1], to[1]);
+  } else {
 #pragma unroll
-  for (int at = 0; at < 4; ++at) to[1][at] = second[at];
+    for (int at = 0; at < 4; ++at) to[1][at] = second[at];
+  }
 }
 
 // Prepares the chunk whose tokens are first .. first + 15, by PARTS warps. Those that are not there
@@ -191,7 +211,7 @@ __device__ __forceinline__ void prepare(const Args& args, const Tokens& tokens, 
   for (int step = 0; step < PART_STEPS; ++step) {
     const int channel = first_channel + 16 * step;
     float log_d[8];
-    if (args.w_dtype == FP32) {
+    if (is_wide(args.w_dtype)) {
       load_wide_decay(args.w, tokens, first, channel, log_d);
     } else {
       OperandB pairs;
@@ -267,12 +287,12 @@ __device__ __forceinline__ void prepare(const Args& args, const Tokens& tokens, 
   if constexpr (PARTS > 1) sync_chunk<PARTS>();
 
   OperandA inverse, g_transposed, qb;
-  load_transposed<TOKENS>(chunk.solved[0], inverse);
-  load<TOKENS>(chunk.solved[TOKENS], g_transposed);
+  load_transposed<SOLVED>(chunk.solved[0], inverse);
+  load<SOLVED>(chunk.solved[TOKENS], g_transposed);
   load<PADDED>(&chunk.qb[0][0], qb);
   if (has(QK)) {
     OperandB columns;
-    load_transposed<TOKENS>(chunk.solved[TOKENS], columns);
+    load_transposed<SOLVED>(chunk.solved[TOKENS], columns);
     lower_triangle<false>(triangle(QK));
     add_product(triangle(QK), qb, columns);
     store_tile<PADDED>(triangle(QK)[0], &chunk.m[0][0]);
