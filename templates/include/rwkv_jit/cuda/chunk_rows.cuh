@@ -114,9 +114,9 @@ __device__ __forceinline__ void store_row(const Pair& left, const Pair& right, E
   } else {
     const bool is_right = threadIdx.x % 2;
     const Pair got = __shfl_xor_sync(0xffffffffu, is_right ? left : right, 1);
-    if (valid)
-      *reinterpret_cast<uint2*>(to + (is_right ? 6 : 0)) =
-          is_right ? make_uint2(got, right) : make_uint2(left, got);
+    if (!valid) return;
+    *reinterpret_cast<uint2*>(to + threadIdx.x % 2 * 6) =
+        make_uint2(is_right ? got : left, is_right ? right : got);
   }
 }
 
