@@ -8,7 +8,7 @@ import functools
 import logging
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,11 +64,12 @@ def stream_and_threads(gpu: int) -> tuple[int, int]:
 
 def is_current(gpu: int) -> bool:
     """Whether kernels are launched on this GPU as things are; -1 is a CPU."""
-    return gpu < 0 or not _several_gpus() or gpu == torch.cuda.current_device()
+    return gpu < 0 or not several_gpus() or gpu == torch.cuda.current_device()
 
 
 @functools.cache
-def _several_gpus() -> bool:
+def several_gpus() -> bool:
+    """Whether there is another GPU than the current one."""
     return torch.cuda.device_count() > 1
 
 
@@ -83,6 +84,7 @@ class Kernel:
     """A loaded kernel of one configuration and entry.
 
     identity: what the library says it is.
+    launcher: of the library, which looks it up by name at every use.
     block: writes the launcher's argument block.
     pointers, dtypes, sizes: whose its members are, in this order, scalars after the sizes; stream
         and threads follow.
@@ -91,6 +93,7 @@ class Kernel:
     identity: str
     config: OpConfig
     library: ctypes.CDLL
+    launcher: Callable[[bytes], int]
     block: struct.Struct
     pointers: tuple[str, ...]
     dtypes: tuple[str, ...]
@@ -124,7 +127,8 @@ class Kernel:
     def call(self, block: bytes, gpu: int) -> None:
         """Run with this argument block on a GPU by its index, which has to be the current one; -1
         is a CPU. A null pointer is 0."""
-        code = self.library.rwkv_jit_launch(block)
+        # ctypes hands over the address of what a bytes object holds.
+        code = self.launcher(block)
         if code != 0:
             raise KernelLaunchError(self._failure(code, gpu))
 
@@ -159,14 +163,13 @@ def load_kernel(spec: OpSpec, config: OpConfig, entry: str, library: Path) -> Ke
             f"{identity}: {library} says it is {said} with launcher ABI {abi}, "
             f"but {identity} with ABI {LAUNCHER_ABI} was expected"
         )
-    # A bytes object goes as the address of what it holds.
-    loaded.rwkv_jit_launch.argtypes = [ctypes.c_char_p]
     block = struct.Struct("@" + "".join(_FORMATS[field.kind] for field in fields))
     own = [field for field in fields if field.name not in ("stream", "threads")]
     return Kernel(
         identity,
         config,
         loaded,
+        loaded.rwkv_jit_launch,
         block,
         pointers=tuple(field.name for field in own if field.kind == "pointer"),
         dtypes=tuple(field.name.removesuffix("_dtype") for field in own if field.kind == "int32"),

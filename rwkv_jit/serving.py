@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from .arch import is_cuda
 from .arguments import bind, cast_for_autocast, check_arguments, widen
@@ -32,6 +33,7 @@ _LIKENESS = operator.attrgetter("dtype", "shape", "device")
 _GUARDS = getattr(torch._C._dynamo.guards, "TensorGuards", None)
 _REQUIRES_GRAD = operator.attrgetter("requires_grad")
 _IS_CONTIGUOUS = torch.Tensor.is_contiguous
+_FUNCTION_MODES = torch._C._len_torch_function_stack
 _POINTER = torch.Tensor.data_ptr
 _INDICES = frozenset({"state_indices"})
 
@@ -95,7 +97,7 @@ class ServingOp:
                 args = (*args, kwargs.get("state_indices"))
             else:
                 args = self._positional(args, kwargs)
-        if not torch.compiler.is_compiling():
+        if not is_dynamo_compiling():
             results = self._run_as_it_is(args)
             if results is not None:
                 return results
@@ -133,9 +135,7 @@ class ServingOp:
             if known is None:
                 return None
             self._last[indices is None] = known
-        if torch._C._len_torch_function_stack() or (
-            known.requires_grad and torch.is_grad_enabled()
-        ):
+        if _FUNCTION_MODES() or (known.requires_grad and torch.is_grad_enabled()):
             return None
         pointers = [*map(_POINTER, given)]
         if indices is None:

@@ -6,7 +6,7 @@ import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch.autograd.graph import increment_version
@@ -23,6 +23,7 @@ from .launch import (
     dtype_code,
     is_current,
     launchable,
+    several_gpus,
     stream_and_threads,
 )
 from .loader import KERNELS
@@ -30,6 +31,8 @@ from .ops import get_spec
 from .settings import current_settings
 
 _POINTER = torch.Tensor.data_ptr
+# Sizes, strides and dtype of a tensor.
+Made: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,16 +40,17 @@ class Prepared:
     """What calls on tensors that are alike have in common.
 
     gpu: its index; -1 is a CPU.
-    empty: makes a tensor there, if that GPU is the current one, from sizes, strides and dtype.
-    made: these of all that is made: results and scratch.
-    addresses: how many the argument block begins with.
-    numbers: its members between the addresses of what is made and the stream.
+    one_of_several: whether another GPU may be the current one.
+    empty: makes a tensor on the current device, of which nothing is written yet.
+    made: all that is made: results, then scratch.
+    numbers: members of the argument block between their addresses and the stream, after a null for
+        scratch that is not needed.
     """
 
     gpu: int
+    one_of_several: bool
     empty: Callable[..., torch.Tensor]
-    made: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]
-    addresses: int
+    made: tuple[Made, ...]
     numbers: tuple[int, ...]
 
 
@@ -61,6 +65,7 @@ class Launcher:
         self._sizes = entry.sizes
         inputs = [tensor.name for tensor in entry.inputs]
         assert inputs[-1] == "state_indices"
+        self._inputs = len(inputs)
         self._state_at = inputs.index("state")
         self._bounds_at = inputs.index("cu_seqlens") if "cu_seqlens" in inputs else None
         scratch = self._spec.variant(config, self.entry).scratch
@@ -86,16 +91,16 @@ class Launcher:
         }
         types = (tensors[at] for at in self._typed)
         contiguous = (length * heads * size, heads * size, size, 1)
-        made = [(shape, contiguous, first.dtype)] * self._results
+        made: list[Made] = [(shape, contiguous, first.dtype)] * self._results
         if self._has_order and bounds is not None:
             made.append(((sequences,), (1,), torch.int32))
         return Prepared(
             gpu=first.get_device(),
+            one_of_several=first.is_cuda and several_gpus(),
             empty=_empty_on(first.device.type),
             made=tuple(made),
-            addresses=len(tensors) + len(made),
             numbers=(
-                *(() if bounds is not None or not self._has_order else (0,)),
+                *((0,) if self._has_order and bounds is None else ()),
                 *(0 if tensor is None else dtype_code(tensor.dtype) for tensor in types),
                 *(sizes[letter] for letter in self._sizes),
             ),
@@ -105,7 +110,7 @@ class Launcher:
         """Launch on tensors that are as they have to be, at `pointers`. None, and nothing is
         launched, unless they are aligned. Each line costs the host, at every call."""
         gpu = prepared.gpu
-        if not is_current(gpu):
+        if prepared.one_of_several and not is_current(gpu):
             with torch.cuda.device(gpu):
                 return self.run(tensors, pointers, prepared)
         if self._sees_values:
@@ -117,7 +122,7 @@ class Launcher:
         block = kernel.block.pack(
             *pointers, *map(_POINTER, made), *prepared.numbers, *stream_and_threads(gpu)
         )
-        if not are_aligned(block, prepared.addresses):
+        if not are_aligned(block, self._inputs):
             return None
         kernel.call(block, gpu)
         # So that autograd sees that what it may have saved is no more.
@@ -154,14 +159,14 @@ def sequences_of(first: torch.Tensor, bounds: torch.Tensor | None) -> int:
     return first.shape[0] if bounds is None else bounds.shape[0] - 1
 
 
-@functools.cache
 def _empty_on(kind: str) -> Callable[..., torch.Tensor]:
-    # What torch's own compiled code calls: past the dispatcher, so that it takes half as long.
-    quick: Callable[..., torch.Tensor] | None
+    """What makes an uninitialised tensor on the current device of a kind, as `Made` has it."""
+    # What torch's compiled code calls: past the dispatcher, which takes longer than the allocation.
     quick = getattr(torch._C._dynamo.guards, f"_empty_strided_{kind}", None)
-    if quick is not None:
-        return quick
-    return lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype, device=kind)
+    if quick is None:
+        return lambda *made: torch.empty_strided(*made[:2], dtype=made[2], device=kind)
+    make: Callable[..., torch.Tensor] = quick
+    return make
 
 
 @functools.cache
