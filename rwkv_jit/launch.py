@@ -8,7 +8,7 @@ import functools
 import logging
 import os
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +34,7 @@ _DTYPE_CODES = {dtype: code for code, dtype in enumerate(TORCH_DTYPES.values())}
 _FORMATS = {"pointer": "P", "int64": "q", "int32": "i", "double": "d"}
 # Vector loads need this; a view that begins elsewhere is copied.
 ALIGNMENT = 16
+_ALIGNED = bytes(range(0, 256, ALIGNMENT))
 _LOG = logging.getLogger("rwkv_jit")
 
 
@@ -52,19 +53,30 @@ def dtype_code(dtype: torch.dtype) -> int:
     return _DTYPE_CODES[dtype]
 
 
-def current_stream(gpu: int) -> int:
-    """What the stream member of the argument block holds: the current stream of a GPU by its
-    index; -1 is a CPU."""
+def stream_and_threads(gpu: int) -> tuple[int, int]:
+    """The last members of the argument block: the current stream of a GPU by its index, or the
+    threads of a CPU, which is -1."""
     if gpu < 0:
-        return 0
+        return 0, torch.get_num_threads()
     # torch.cuda.current_stream makes an object for this, which takes longer than a launch.
-    stream: int = torch._C._cuda_getCurrentRawStream(gpu)
-    return stream
+    return torch._C._cuda_getCurrentRawStream(gpu), 0
+
+
+def is_current(gpu: int) -> bool:
+    """Whether kernels are launched on this GPU as things are; -1 is a CPU."""
+    return gpu < 0 or not several_gpus() or gpu == torch.cuda.current_device()
 
 
 @functools.cache
-def _several_gpus() -> bool:
+def several_gpus() -> bool:
+    """Whether there is another GPU than the current one."""
     return torch.cuda.device_count() > 1
+
+
+def are_aligned(block: bytes, pointers: int) -> bool:
+    """Whether so many addresses, with which an argument block begins, are fit for vector loads."""
+    # An address begins with its lowest byte. Two calls in C take less than a look at each address.
+    return not block[: 8 * pointers : 8].translate(None, _ALIGNED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +84,7 @@ class Kernel:
     """A loaded kernel of one configuration and entry.
 
     identity: what the library says it is.
+    launcher: of the library, which looks it up by name at every use.
     block: writes the launcher's argument block.
     pointers, dtypes, sizes: whose its members are, in this order, scalars after the sizes; stream
         and threads follow.
@@ -80,6 +93,7 @@ class Kernel:
     identity: str
     config: OpConfig
     library: ctypes.CDLL
+    launcher: Callable[[bytes], int]
     block: struct.Struct
     pointers: tuple[str, ...]
     dtypes: tuple[str, ...]
@@ -101,20 +115,20 @@ class Kernel:
             *(0 if tensor is None else tensor.data_ptr() for tensor in given),
             *(0 if tensor is None else dtype_code(tensor.dtype) for tensor in typed),
             *(sizes[name] for name in self.sizes),
-            current_stream(gpu),
-            torch.get_num_threads(),
+            *stream_and_threads(gpu),
         )
-        self.call(values, gpu)
-
-    def call(self, values: Sequence[float], gpu: int) -> None:
-        """Run with these members of the argument block, the stream among them, on a GPU by its
-        index; -1 is a CPU. A null pointer is 0."""
         block = self.block.pack(*values)
-        if gpu < 0 or not _several_gpus() or gpu == torch.cuda.current_device():
-            code = self.library.rwkv_jit_launch(block)
+        if is_current(gpu):
+            self.call(block, gpu)
         else:
             with torch.cuda.device(gpu):
-                code = self.library.rwkv_jit_launch(block)
+                self.call(block, gpu)
+
+    def call(self, block: bytes, gpu: int) -> None:
+        """Run with this argument block on a GPU by its index, which has to be the current one; -1
+        is a CPU. A null pointer is 0."""
+        # ctypes hands over the address of what a bytes object holds.
+        code = self.launcher(block)
         if code != 0:
             raise KernelLaunchError(self._failure(code, gpu))
 
@@ -149,14 +163,13 @@ def load_kernel(spec: OpSpec, config: OpConfig, entry: str, library: Path) -> Ke
             f"{identity}: {library} says it is {said} with launcher ABI {abi}, "
             f"but {identity} with ABI {LAUNCHER_ABI} was expected"
         )
-    # A bytes object goes as the address of what it holds.
-    loaded.rwkv_jit_launch.argtypes = [ctypes.c_char_p]
     block = struct.Struct("@" + "".join(_FORMATS[field.kind] for field in fields))
     own = [field for field in fields if field.name not in ("stream", "threads")]
     return Kernel(
         identity,
         config,
         loaded,
+        loaded.rwkv_jit_launch,
         block,
         pointers=tuple(field.name for field in own if field.kind == "pointer"),
         dtypes=tuple(field.name.removesuffix("_dtype") for field in own if field.kind == "int32"),

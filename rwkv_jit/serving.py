@@ -6,13 +6,13 @@ goes through the registered op (`rwkv_jit::wkv7_decode`), which says that it cha
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from .arch import is_cuda
 from .arguments import bind, cast_for_autocast, check_arguments, widen
@@ -20,11 +20,11 @@ from .autograd import is_plain
 from .config import OpConfig, default_state_dtype
 from .errors import ArgumentError
 from .indices import check_slots
-from .launch import ALIGNMENT, TORCH_DTYPES, announce_reference
+from .launch import TORCH_DTYPES, announce_reference
 from .loader import KERNELS
 from .ops import get_spec
 from .reference import REFERENCES
-from .serving_launch import launcher, registered, sequences_of
+from .serving_launch import Prepared, launcher, registered, sequences_of
 from .settings import current_settings
 
 _MOST_SIGNATURES = 1024
@@ -33,6 +33,7 @@ _LIKENESS = operator.attrgetter("dtype", "shape", "device")
 _GUARDS = getattr(torch._C._dynamo.guards, "TensorGuards", None)
 _REQUIRES_GRAD = operator.attrgetter("requires_grad")
 _IS_CONTIGUOUS = torch.Tensor.is_contiguous
+_FUNCTION_MODES = torch._C._len_torch_function_stack
 _POINTER = torch.Tensor.data_ptr
 _INDICES = frozenset({"state_indices"})
 
@@ -55,8 +56,8 @@ class ServingOp:
         self._registered = registered(config.op)
         self._launcher = launcher(self._slug)
         # Of calls that were found right, and the last of them without and with indices.
-        self._known: dict[tuple[Any, ...], tuple[int, ...]] = {}
-        self._last = [_NOTHING, _NOTHING]
+        self._known: dict[tuple[Any, ...], Prepared] = {}
+        self._last: list[_Known | None] = [None, None]
 
     def __repr__(self) -> str:
         return f"<rwkv_jit.ServingOp {self._slug}>"
@@ -96,7 +97,7 @@ class ServingOp:
                 args = (*args, kwargs.get("state_indices"))
             else:
                 args = self._positional(args, kwargs)
-        if not torch.compiler.is_compiling():
+        if not is_dynamo_compiling():
             results = self._run_as_it_is(args)
             if results is not None:
                 return results
@@ -129,30 +130,26 @@ class ServingOp:
         indices = tensors[-1]
         given = tensors[:-1] if indices is None else tensors
         known = self._last[indices is None]
-        if not known.fits(*given):
-            found = self._find(given)
-            if found is None:
+        if known is None or not known.fits(*given):
+            known = self._find(given)
+            if known is None:
                 return None
-            known = self._last[indices is None] = found
-        if torch._C._len_torch_function_stack() or (
-            known.requires_grad and torch.is_grad_enabled()
-        ):
+            self._last[indices is None] = known
+        if _FUNCTION_MODES() or (known.requires_grad and torch.is_grad_enabled()):
             return None
         pointers = [*map(_POINTER, given)]
-        if functools.reduce(operator.or_, pointers) % ALIGNMENT:
-            return None
         if indices is None:
             pointers.append(0)
-        return self._launcher.run(tensors, pointers, known.numbers)
+        return self._launcher.run(tensors, pointers, known.prepared)
 
     def _find(self, given: Sequence[Any]) -> _Known | None:
         """What is known of calls with such tensors, if they can be launched on as they are."""
         if not is_plain(given):
             return None
-        numbers = self._known.get((*map(_LIKENESS, given),))
-        if numbers is None or not all(map(_IS_CONTIGUOUS, given)):
+        prepared = self._known.get((*map(_LIKENESS, given),))
+        if prepared is None or not all(map(_IS_CONTIGUOUS, given)):
             return None
-        return _Known(_same_as(given), any(map(_REQUIRES_GRAD, given)), numbers)
+        return _Known(_same_as(given), any(map(_REQUIRES_GRAD, given)), prepared)
 
     def _run(self, args: Sequence[Any]) -> Any:
         """A call of any kind: checked, converted, and through the registered op."""
@@ -192,7 +189,7 @@ class ServingOp:
             return
         if len(self._known) >= _MOST_SIGNATURES:
             self._known.clear()
-        self._known[(*map(_LIKENESS, given),)] = self._launcher.numbers(tensors)
+        self._known[(*map(_LIKENESS, given),)] = self._launcher.prepare(tensors)
 
     def _reference(self, tensors: Sequence[Any]) -> Any:
         state = tensors[self._state_at]
@@ -218,19 +215,16 @@ class _Known:
     fits: whether tensors are like its tensors, in type, dtype, device, sizes, strides and whether
         they require gradients, and as little seen by modes (but of functions), transforms and
         tracers. None may be missing.
-    numbers: of its argument block.
+    prepared: what its launcher had ready.
     """
 
     fits: Callable[..., bool]
     requires_grad: bool
-    numbers: tuple[int, ...]
+    prepared: Prepared
 
 
 def _never(*_tensors: Any) -> bool:
     return False
-
-
-_NOTHING = _Known(_never, False, ())
 
 
 def _same_as(tensors: Sequence[torch.Tensor]) -> Callable[..., bool]:

@@ -3,22 +3,55 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
+from torch.autograd.graph import increment_version
 
 from .arch import is_cuda
 from .autograd import register
 from .config import OpConfig
 from .errors import ArgumentError
 from .indices import check_bounds, check_slots
-from .launch import ALIGNMENT, Kernel, current_stream, dtype_code, launchable
+from .launch import (
+    ALIGNMENT,
+    Kernel,
+    are_aligned,
+    dtype_code,
+    is_current,
+    launchable,
+    several_gpus,
+    stream_and_threads,
+)
 from .loader import KERNELS
 from .ops import get_spec
 from .settings import current_settings
 
 _POINTER = torch.Tensor.data_ptr
+# Sizes, strides and dtype of a tensor.
+Made: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What calls on tensors that are alike have in common.
+
+    gpu: its index; -1 is a CPU.
+    one_of_several: whether another GPU may be the current one.
+    empty: makes a tensor on the current device, of which nothing is written yet.
+    made: all that is made: results, then scratch.
+    numbers: members of the argument block between their addresses and the stream, after a null for
+        scratch that is not needed.
+    """
+
+    gpu: int
+    one_of_several: bool
+    empty: Callable[..., torch.Tensor]
+    made: tuple[Made, ...]
+    numbers: tuple[int, ...]
 
 
 class Launcher:
@@ -32,6 +65,7 @@ class Launcher:
         self._sizes = entry.sizes
         inputs = [tensor.name for tensor in entry.inputs]
         assert inputs[-1] == "state_indices"
+        self._inputs = len(inputs)
         self._state_at = inputs.index("state")
         self._bounds_at = inputs.index("cu_seqlens") if "cu_seqlens" in inputs else None
         scratch = self._spec.variant(config, self.entry).scratch
@@ -39,48 +73,63 @@ class Launcher:
         self._has_order = bool(scratch)
         self._typed = tuple(at for at, t in enumerate(entry.inputs) if t.has_dtype_field)
         self._results = len(entry.outputs)
-        self._debug = current_settings().debug
         self._on_gpu = is_cuda(config.arch)
+        self._sees_values = not self._on_gpu or current_settings().debug
         self._kernel: Kernel | None = None
 
-    def numbers(self, tensors: Sequence[Any]) -> tuple[int, ...]:
-        """The members of the argument block between the pointers and the stream."""
-        batch, length, heads = tensors[0].shape[:3]
+    def prepare(self, tensors: Sequence[Any]) -> Prepared:
+        """What is the same for all calls on tensors like these."""
+        first, bounds = tensors[0], self._bounds(tensors)
+        batch, length, heads, size = shape = (*first.shape,)
+        sequences = sequences_of(first, bounds)
         sizes = {
             "B": batch,
-            "S": sequences_of(tensors[0], self._bounds(tensors)),
+            "S": sequences,
             "T": length,
             "H": heads,
             "P": tensors[self._state_at].shape[0],
         }
         types = (tensors[at] for at in self._typed)
-        return (
-            *(0 if tensor is None else dtype_code(tensor.dtype) for tensor in types),
-            *(sizes[letter] for letter in self._sizes),
+        contiguous = (length * heads * size, heads * size, size, 1)
+        made: list[Made] = [(shape, contiguous, first.dtype)] * self._results
+        if self._has_order and bounds is not None:
+            made.append(((sequences,), (1,), torch.int32))
+        return Prepared(
+            gpu=first.get_device(),
+            one_of_several=first.is_cuda and several_gpus(),
+            empty=_empty_on(first.device.type),
+            made=tuple(made),
+            numbers=(
+                *((0,) if self._has_order and bounds is None else ()),
+                *(0 if tensor is None else dtype_code(tensor.dtype) for tensor in types),
+                *(sizes[letter] for letter in self._sizes),
+            ),
         )
 
-    def run(
-        self, tensors: Sequence[Any], pointers: list[int], numbers: Sequence[int]
-    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """Launch on tensors that are as they have to be, at `pointers`, which it adds to."""
-        if not self._on_gpu or (self._debug and not torch.cuda.is_current_stream_capturing()):
+    def run(self, tensors: Sequence[Any], pointers: Sequence[int], prepared: Prepared) -> Any:
+        """Launch on tensors that are as they have to be, at `pointers`. None, and nothing is
+        launched, unless they are aligned. Each line costs the host, at every call."""
+        gpu = prepared.gpu
+        if prepared.one_of_several and not is_current(gpu):
+            with torch.cuda.device(gpu):
+                return self.run(tensors, pointers, prepared)
+        if self._sees_values:
             self._check_values(tensors)
         kernel = self._kernel
         if kernel is None:
             kernel = self._kernel = KERNELS.get(self._slug, self.entry)
-        first = tensors[0]
-        gpu, results = first.get_device(), (*map(torch.empty_like, (first,) * self._results),)
-        pointers += map(_POINTER, results)
-        if self._has_order:
-            order = self._order(tensors)
-            pointers.append(0 if order is None else order.data_ptr())
-        stream, threads = current_stream(gpu), torch.get_num_threads()
-        kernel.call((*pointers, *numbers, stream, threads), gpu)
+        made = (*itertools.starmap(prepared.empty, prepared.made),)
+        block = kernel.block.pack(
+            *pointers, *map(_POINTER, made), *prepared.numbers, *stream_and_threads(gpu)
+        )
+        if not are_aligned(block, self._inputs):
+            return None
+        kernel.call(block, gpu)
         # So that autograd sees that what it may have saved is no more.
-        torch.autograd.graph.increment_version(tensors[self._state_at])
-        return results if len(results) > 1 else results[0]
+        increment_version(tensors[self._state_at])
+        return made[0] if self._results == 1 else made[: self._results]
 
-    def run_any(self, tensors: Sequence[Any]) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    def run_any(self, tensors: Sequence[Any]) -> Any:
         """The same on tensors of any strides and alignment, but for the states."""
         made: list[Any] = [launchable(tensor) for tensor in tensors]
         state = tensors[self._state_at]
@@ -91,19 +140,14 @@ class Launcher:
                 "layer in a tensor of its own"
             )
         pointers = [0 if tensor is None else tensor.data_ptr() for tensor in made]
-        return self.run(made, pointers, self.numbers(made))
+        return self.run(made, pointers, self.prepare(made))
 
     def _bounds(self, tensors: Sequence[Any]) -> torch.Tensor | None:
         return None if self._bounds_at is None else tensors[self._bounds_at]
 
-    def _order(self, tensors: Sequence[Any]) -> torch.Tensor | None:
-        """Room for the order of packed sequences."""
-        bounds = self._bounds(tensors)
-        if bounds is None:
-            return None
-        return torch.empty(bounds.shape[0] - 1, dtype=torch.int32, device=bounds.device)
-
     def _check_values(self, tensors: Sequence[Any]) -> None:
+        if self._on_gpu and torch.cuda.is_current_stream_capturing():
+            return
         name = self._spec.name
         if self._bounds_at is not None:
             check_bounds(name, tensors[self._bounds_at], tensors[0].shape[1], may_end_before=True)
@@ -113,6 +157,16 @@ class Launcher:
 def sequences_of(first: torch.Tensor, bounds: torch.Tensor | None) -> int:
     """How many sequences a call has: rows of a batch, or what is packed into one."""
     return first.shape[0] if bounds is None else bounds.shape[0] - 1
+
+
+def _empty_on(kind: str) -> Callable[..., torch.Tensor]:
+    """What makes an uninitialised tensor on the current device of a kind, as `Made` has it."""
+    # What torch's compiled code calls: past the dispatcher, which takes longer than the allocation.
+    quick = getattr(torch._C._dynamo.guards, f"_empty_strided_{kind}", None)
+    if quick is None:
+        return lambda *made: torch.empty_strided(*made[:2], dtype=made[2], device=kind)
+    make: Callable[..., torch.Tensor] = quick
+    return make
 
 
 @functools.cache

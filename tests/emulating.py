@@ -137,13 +137,13 @@ class EmulatedKernel(Kernel):
                 self._allow(tensor.data_ptr(), tensor.nbytes, name not in inputs)
         super().launch(tensors, sizes, device)
 
-    def call(self, values: Sequence[float], gpu: int) -> None:
+    def call(self, block: bytes, gpu: int) -> None:
         """As a kernel does; where it was not launched with tensors, it may touch everything."""
         if not self.library.emulator_allowed():
             self._begin()
             self._allow(0, _EVERYTHING, True)
         try:
-            super().call(values, gpu)
+            super().call(block, gpu)
         finally:
             self.library.emulator_end()
 

@@ -242,6 +242,12 @@ def test_a_chunk_length_or_rounded_checkpoints_have_no_kernel(name: str) -> None
         op_for(name, "cpu", checkpoint_dtype=torch.bfloat16)
 
 
+def misaligned(x: torch.Tensor) -> torch.Tensor:
+    padded = torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)
+    padded[1:] = x.reshape(-1)
+    return padded[1:].view(x.shape)
+
+
 @on_each_device
 @for_each_op
 def test_any_strides_and_alignment_of_tokens_give_the_same(device: str, name: str) -> None:
@@ -249,12 +255,6 @@ def test_any_strides_and_alignment_of_tokens_give_the_same(device: str, name: st
     tokens, state = draw(op, device, 2, 3, 2, slots=2)
     pools = [state.clone() for _ in range(3)]
     plain = run_step(op, *tokens, pools[0])
-
-    def misaligned(x: torch.Tensor) -> torch.Tensor:
-        padded = torch.empty(x.numel() + 1, dtype=x.dtype, device=device)
-        padded[1:] = x.reshape(-1)
-        return padded[1:].view(x.shape)
-
     assert torch.equal(run_step(op, *(x.mT.contiguous().mT for x in tokens), pools[1]), plain)
     assert torch.equal(run_step(op, *map(misaligned, tokens), pools[2]), plain)
     assert torch.equal(pools[1], pools[0])
@@ -389,6 +389,45 @@ def test_an_eager_call_of_known_sizes_does_not_go_through_the_dispatcher(
     run_step(op, *tokens, state, state_indices=slots)
 
 
+@for_each_op
+def test_a_misaligned_call_of_known_sizes_goes_through_the_dispatcher(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    op = op_for(name, "cpu")
+    tokens, state = draw(op, "cpu", 2, 1, 2, slots=2)
+    run_step(op, *tokens, state)
+    for at in range(len(tokens)):
+        with monkeypatch.context() as patch:
+            patch.setattr(op, "_registered", None)
+            run_step(op, *tokens, state)
+            given = [misaligned(x) if i == at else x for i, x in enumerate(tokens)]
+            with pytest.raises(TypeError, match="NoneType"):
+                run_step(op, *given, state)
+
+
+@for_each_op
+def test_results_are_like_those_of_torch_where_it_lacks_the_short_way_to_make_them(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = op_for(name, "cpu", "bf16", 64)
+    slow = ServingOp(quick.config)
+    tokens, state = draw(quick, "cpu", 3, 2, 2, slots=3)
+    pools = state, state.clone()
+    quick(*tokens, state.clone())
+    with monkeypatch.context() as patch:
+        patch.delattr(torch._C._dynamo.guards, "_empty_strided_cpu")
+        slow(*tokens, state.clone())
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            pair = [op(*tokens, pool) for op, pool in zip((quick, slow), pools, strict=True)]
+        for y, other in zip(*(x if isinstance(x, tuple) else (x,) for x in pair), strict=True):
+            assert torch.equal(y, other)
+            assert y.stride() == other.stride() == torch.empty(y.shape).stride()
+            assert y.is_inference() == other.is_inference() == (mode is torch.inference_mode)
+            assert not y.requires_grad
+    assert torch.equal(*pools)
+
+
 def test_what_a_short_way_must_not_miss(monkeypatch: pytest.MonkeyPatch) -> None:
     """With torch's guards, and without them."""
     config = op_for("wkv7_decode", "cpu").config
@@ -510,3 +549,18 @@ def test_work_goes_to_the_current_stream(name: str) -> None:
         y = run_step(op, *tokens, late)
     side.synchronize()
     assert torch.equal(y, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@for_each_op
+def test_a_second_device_is_used_where_the_tensors_are(name: str) -> None:
+    op = op_for(name, "cuda", "bf16", 64)
+    tokens, state = draw(op, "cuda", 3, 1, 2, slots=3)
+    there = [x.to("cuda:1") for x in (*tokens, state)]
+    for _ in range(3):
+        expected, y = run_step(op, *tokens, state), run_step(op, *there)
+        assert y.device.index == 1
+        assert torch.equal(y.cpu(), expected.cpu())
+    assert torch.equal(there[-1].cpu(), state.cpu())
+    assert torch.cuda.current_device() == 0
