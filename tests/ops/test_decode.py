@@ -188,7 +188,7 @@ def test_bad_indices_are_refused_on_a_gpu_where_it_may_be_waited_for(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     op = op_for(name, "cuda")
-    monkeypatch.setattr(launcher(op.config.slug), "_debug", True)
+    monkeypatch.setattr(launcher(op.config.slug), "_sees_values", True)
     tokens, state = draw(op, "cuda", 2, 1, 2, slots=3)
     with pytest.raises(ArgumentError, match="slot 1 twice"):
         run_step(op, *tokens, state, indices([1, 1], "cuda"))

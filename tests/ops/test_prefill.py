@@ -314,7 +314,7 @@ def test_bad_values_are_refused_on_a_gpu_where_it_may_be_waited_for(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     op = op_for(name, "cuda")
-    monkeypatch.setattr(launcher(op.config.slug), "_debug", True)
+    monkeypatch.setattr(launcher(op.config.slug), "_sees_values", True)
     tokens, state, bounds, _ = packed_call(op, "cuda", [2, 3], more=1)
     with pytest.raises(ArgumentError, match="slot 1 twice"):
         op(*tokens, state, bounds, indices([1, 1], "cuda"))
