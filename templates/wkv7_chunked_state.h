@@ -25,10 +25,12 @@ __device__ __forceinline__ void store_values(const Accumulator (&values)[2], voi
   const int token = first + threadIdx.x % 32 / 4;
   const OperandB rows = to_second(to_operand<stored>(values[0], values[1]));
   Element* place = static_cast<Element*>(to) + tokens.at(token) + own_value() + threadIdx.x % 4 * 2;
+  // Not by store_row: what takes the state through the chunks would wait for its exchange.
 #pragma unroll
-  for (int row = 0; row < 2; ++row)
-    store_row(rows.at[2 * row], rows.at[2 * row + 1], place + row * 8 * tokens.stride,
-              token + row * 8 < tokens.count);
+  for (int part = 0; part < 4; ++part)
+    if (token + part / 2 * 8 < tokens.count)
+      *reinterpret_cast<Packed*>(place + part / 2 * 8 * tokens.stride + part % 2 * 8) =
+          rows.at[part];
 }
 
 }  // namespace

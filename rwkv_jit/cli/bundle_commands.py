@@ -122,8 +122,10 @@ def bundle_install(
 def bundle_wheel(
     bundle: BundleArgument,
     out: Annotated[Path, typer.Argument(help="The folder for the wheel.", metavar="FOLDER")],
-    name: Annotated[str, typer.Option(help="Of the package.", metavar="NAME")] = "rwkv-jit-kernels",
-    version: Annotated[str, typer.Option(help="Of the package.", metavar="VERSION")] = "0",
+    name: Annotated[
+        str, typer.Option(help="Of the package.", metavar="PACKAGE")
+    ] = "rwkv-jit-kernels",
+    version: Annotated[str, typer.Option(help="Of the package.", metavar="NUMBER")] = "0",
     key: KeyOption = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -36,7 +36,7 @@ def render_source(
     entry: Annotated[
         str | None,
         typer.Option(
-            help=f"One of {', '.join(ENTRIES)}. Default: the one that is called.", metavar="ENTRY"
+            help=f"One of {', '.join(ENTRIES)}. Default: the one that is called.", metavar="NAME"
         ),
     ] = None,
     as_json: JsonOption = False,

@@ -40,7 +40,7 @@ PrecisionOption = Annotated[
     typer.Option(
         help="What kernels of fp32 may round operands of products to, where there are such: one of "
         f"{', '.join(PRECISIONS)}.",
-        metavar="PRECISION",
+        metavar="DTYPE",
     ),
 ]
 LowerBoundOption = Annotated[

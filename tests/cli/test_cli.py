@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
 from running import environment, program, run
 from rwkv_jit import __version__
+from rwkv_jit.cli import app
 from rwkv_jit.settings import current_settings
 
 SLUG = "wkv7_n64_bf16_l16_sm90a"
@@ -48,6 +52,24 @@ assert not {"torch", "jinja2", "filelock"} & set(sys.modules)
         check=True,
     )
     assert not (tmp_path / "cache").exists()
+
+
+def test_every_option_is_declared_in_small_letters() -> None:
+    # typer 0.27 takes a metavar that is the option's name for the option's declaration.
+    options = [
+        (parameter.name, parameter.metavar)
+        for command in _commands(typer.main.get_command(app))
+        for parameter in command.params
+        if parameter.param_type_name == "option"
+    ]
+    assert len(options) > 50
+    assert [name for name, metavar in options if metavar == str(name).upper()] == []
+
+
+def _commands(command: Any) -> Iterator[Any]:
+    yield command
+    for other in getattr(command, "commands", {}).values():
+        yield from _commands(other)
 
 
 def test_every_command_but_run_takes_json() -> None:
