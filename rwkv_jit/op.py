@@ -91,9 +91,8 @@ class Op:
     def info(self) -> dict[str, Any]:
         """What this operator is, of a recurrence what it computes to, whether it relies on a
         declared bound of the decays and the bytes of states that a forward keeps for the backward,
-        and for each kernel
-        that is loaded where its binary lies, what the compiler said of it (registers, spills,
-        shared memory) and how long it took to build."""
+        and for each kernel that is loaded where its binary lies, what the compiler said of it
+        (registers, spills, shared memory) and how long it took to build."""
         recurrence = {
             "precision": self.config.precision,
             "bounded": self.config.bounded,

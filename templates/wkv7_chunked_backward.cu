@@ -68,7 +68,7 @@ __device__ __forceinline__ void sync_group() {
   wait_at<STATE_WARPS * 32>(GROUP_BARRIER + threadIdx.x / 32 / STATE_WARPS);
 }
 
-// Asks a group for chunk `at` of the span at `first`: what D does not take through it, and dy.
+// Asks a group for chunk `at` of the span at `first`: what it is prepared from and v, dy, or both.
 __device__ __forceinline__ void fetch_inputs(const Arguments& args, const Tokens& tokens, int first,
                                              Shared& shared, int at) {
   constexpr int GROUP = STATE_WARPS * 32;

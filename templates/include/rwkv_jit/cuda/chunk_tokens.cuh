@@ -132,7 +132,6 @@ struct TokenSums {
     const bool first = threadIdx.x % 32 < 4;
     return {first ? all() : before, all(), first ? all() : Packed{}, before};
   }
-  __device__ __forceinline__ OperandA sum_from() const { return {from, {}, all(), from}; }
   __device__ __forceinline__ OperandA sum_after() const { return {after, {}, all(), after}; }
   // Rows 0..7 are the sum over the chunk's first half, rows 8..15 over its second.
   __device__ __forceinline__ OperandA halves() const { return {all(), {}, {}, all()}; }
