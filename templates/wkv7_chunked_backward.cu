@@ -273,7 +273,7 @@ __device__ __forceinline__ void pass_span(const Arguments& args, const Tokens& t
   for (int at = group; at < CHUNKS; at += GROUPS)
     fetch_inputs(args, tokens, first - SPAN, shared, at);
   for (int at = CHUNKS - 1; at >= 0 && group == 0; --at) {
-    if (at < chunks) pass_back(shared, at, d);
+    if (at < chunks) scan_backward<false>(shared, at, d);
     sync_group();  // its readers are done
     fetch_dy(args, tokens, first - SPAN, shared, at);
   }
@@ -283,7 +283,8 @@ __device__ __forceinline__ void pass_span(const Arguments& args, const Tokens& t
 __device__ __forceinline__ void chunk_gradients(const Arguments& args, const Tokens& tokens,
                                                 int first, Shared& shared, int at) {
   const int member = threadIdx.x / 32 % STATE_WARPS;
-  sync_group();  // the group's rows of what was scanned are there
+  value_gradients(args, tokens, first + at * TOKENS, shared, at);
+  sync_group();  // the group's rows are there
   if (member < TRIANGLES) triangle_gradient(shared, at, member);
   sync_group();
   channel_gradients(args, tokens, first, shared, at, member * 16);
@@ -330,22 +331,21 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) backward_kernel(const Argumen
     if constexpr (GROUPS == 1) {
       scan_span_forward(args, checkpoint, shared, chunks);
       for (int at = chunks - 1; at >= 0; --at) {
-        store_u(shared, at);
-        scan_backward(args, tokens, first + at * TOKENS, shared, at, d);
+        scan_backward<true>(shared, at, d);
+        __syncwarp();
         chunk_gradients(args, tokens, first, shared, at);
       }
     } else if (group == 0) {
       for (int at = chunks - 1; at >= 0; --at) {
-        scan_backward(args, tokens, first + at * TOKENS, shared, at, d);
+        scan_backward<true>(shared, at, d);
         if (at >= OTHERS) arrive_at<THREADS>(SCANNED_BARRIER + at);
       }
-      wait_at<THREADS>(U_BARRIER);
+      wait_at<THREADS>(STATES_BARRIER);
       for (int at = min(chunks, OTHERS) - 1; at >= 0; --at)
         chunk_gradients(args, tokens, first, shared, at);
     } else {
       scan_span_forward(args, checkpoint, shared, chunks);
-      for (int at = chunks - 1; at >= 0; --at) store_u(shared, at);
-      arrive_at<THREADS>(U_BARRIER);
+      arrive_at<THREADS>(STATES_BARRIER);
       for (int at = chunks - 1; at >= OTHERS; --at) {
         wait_at<THREADS>(SCANNED_BARRIER + at);
         chunk_gradients(args, tokens, first, shared, at);

@@ -17,10 +17,10 @@ constexpr int GROUPS = WARPS / STATE_WARPS;
 static_assert(WARPS == GROUPS * STATE_WARPS && GROUPS <= 2);
 static_assert(WARPS == CHUNKS * PARTS);
 constexpr int OTHERS = CHUNKS / 2, SCANNED = GROUPS == 1 ? 1 : CHUNKS;
-// Numbered barriers, after those of the chunks: of a group, that S and U of all chunks are there,
-// and that D and dX of a chunk are.
-constexpr int GROUP_BARRIER = 1 + CHUNKS, U_BARRIER = GROUP_BARRIER + GROUPS;
-constexpr int SCANNED_BARRIER = U_BARRIER + 1;
+// Numbered barriers, after those of the chunks: of a group, that S before all chunks is there, and
+// that D after a chunk is.
+constexpr int GROUP_BARRIER = 1 + CHUNKS, STATES_BARRIER = GROUP_BARRIER + GROUPS;
+constexpr int SCANNED_BARRIER = STATES_BARRIER + 1;
 static_assert(SCANNED_BARRIER + CHUNKS <= 16);
 
 struct Work {
@@ -107,39 +107,9 @@ __device__ __forceinline__ void store_u(Shared& shared, int at) {
   store_tile<PADDED>(u[1], &to.u[own_value()][8]);
 }
 
-// D back through one chunk: dV, and for the gradients D after the chunk and dX.
-__device__ __forceinline__ void scan_backward(const Arguments& args, const Tokens& tokens,
-                                              int first, Shared& shared, int at, State& d) {
-  Scanned& to = shared.work.scanned[at % SCANNED];
-  const Chunk& chunk = shared.chunks[at];
-  Accumulator e[2] = {}, dv[2] = {}, dx[2] = {};
-  OperandA dy;
-  OperandB right;
-  load_transposed<ROW>(&shared.dy[at * TOKENS][own_value()], dy);
-  dy = rounded(dy);
-#pragma unroll
-  for (int step = 0; step < STEPS; ++step) {
-    const OperandA rows = to_operand(d[step][0], d[step][1]);
-    store_rows(rows, &to.d[own_value()][16 * step]);
-    load_transposed<ROW>(&chunk.b[0][16 * step], right);
-    add_product(e, rows, right);
-    load_transposed<ROW>(&chunk.k[0][16 * step], right);
-    add_product(dv, rows, right);
-  }
-  load<PADDED>(&chunk.m[0][0], right);
-  add_product(dv, dy, right);
-  store_values(dv, args.dv, tokens, first);
-  step_state(d, chunk, dy, chunk.r, to_operand(e[0], e[1]), chunk.w);
-  load<PADDED>(&chunk.qb[0][0], right);
-  add_product(e, dy, right);  // dU
-  load_transposed<SOLVED>(chunk.solved[0], right);
-  add_product(dx, to_operand(e[0], e[1]), right);
-  store_tile<PADDED>(dx[0], &to.dx[own_value()][0]);
-  store_tile<PADDED>(dx[1], &to.dx[own_value()][8]);
-}
-
-// D back through one chunk, and no more.
-__device__ __forceinline__ void pass_back(const Shared& shared, int at, State& d) {
+// D back through one chunk. For the gradients D after it is kept.
+template <bool KEPT>
+__device__ __forceinline__ void scan_backward(Shared& shared, int at, State& d) {
   const Chunk& chunk = shared.chunks[at];
   Accumulator e[2] = {};
   OperandA dy;
@@ -147,10 +117,44 @@ __device__ __forceinline__ void pass_back(const Shared& shared, int at, State& d
   load_transposed<ROW>(&shared.dy[at * TOKENS][own_value()], dy);
 #pragma unroll
   for (int step = 0; step < STEPS; ++step) {
+    const OperandA rows = to_operand(d[step][0], d[step][1]);
+    if (KEPT) store_rows(rows, &shared.work.scanned[at % SCANNED].d[own_value()][16 * step]);
     load_transposed<ROW>(&chunk.b[0][16 * step], right);
-    add_product(e, to_operand(d[step][0], d[step][1]), right);
+    add_product(e, rows, right);
   }
   step_state(d, chunk, rounded(dy), chunk.r, to_operand(e[0], e[1]), chunk.w);
+}
+
+// What a chunk's gradients need beside the states before it and D after it: U and dX, of this
+// warp's values; and dV.
+__device__ __forceinline__ void value_gradients(const Arguments& args, const Tokens& tokens,
+                                                int first, Shared& shared, int at) {
+  Scanned& to = shared.work.scanned[at % SCANNED];
+  const Chunk& chunk = shared.chunks[at];
+  store_u(shared, at);
+  Accumulator du[2] = {}, dv[2] = {}, dx[2] = {};
+  OperandA dy;
+  OperandB right;
+#pragma unroll
+  for (int step = 0; step < STEPS; ++step) {
+    OperandA rows;
+    load<ROW>(&to.d[own_value()][16 * step], rows);
+    load_transposed<ROW>(&chunk.b[0][16 * step], right);
+    add_product(du, rows, right);
+    load_transposed<ROW>(&chunk.k[0][16 * step], right);
+    add_product(dv, rows, right);
+  }
+  load_transposed<ROW>(&shared.dy[at * TOKENS][own_value()], dy);
+  dy = rounded(dy);
+  load<PADDED>(&chunk.qb[0][0], right);
+  add_product(du, dy, right);
+  load<PADDED>(&chunk.m[0][0], right);
+  add_product(dv, dy, right);
+  load_transposed<SOLVED>(chunk.solved[0], right);
+  add_product(dx, to_operand(du[0], du[1]), right);
+  store_tile<PADDED>(dx[0], &to.dx[own_value()][0]);
+  store_tile<PADDED>(dx[1], &to.dx[own_value()][8]);
+  store_values(dv, args.dv, tokens, first);
 }
 
 // The state through a span's chunks.
