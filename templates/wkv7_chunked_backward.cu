@@ -88,8 +88,8 @@ __device__ __forceinline__ void fetch_chunk(const Arguments& args, const Tokens&
   fetch_dy(args, tokens, first, shared, at);
 }
 
-// Gradients of r, w, k, a and b for sixteen channels of chunk `at` of a span, by this warp. On the
-// way, as soon as its group is done with the chunk's tensors, those of the span before are asked for.
+// Gradients of r, w, k, a and b for sixteen channels of chunk `at` of a span, by this warp. As soon
+// as its group is done with the chunk's tensors, those of the span before are asked for.
 __device__ __forceinline__ void channel_gradients(const Arguments& args, const Tokens& tokens,
                                                   int span, Shared& shared, int at, int key) {
   const int first = span + at * TOKENS;

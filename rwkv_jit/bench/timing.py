@@ -14,6 +14,9 @@ _FEWEST_RUNS = 5
 _COPIED_FLOATS = {"cuda": 1 << 28, "cpu": 1 << 25}
 # Runs that wait in a GPU's queue one after another, and the bytes that are written before each.
 _QUEUED = 8
+# The most seconds for which it is held back, and its cycles in one, of which no GPU has more.
+_MOST_HELD = 0.05
+_CYCLES_A_SECOND = 3e9
 _STEPS = 20
 _FLUSHED_BYTES = 256 << 20
 
@@ -84,13 +87,17 @@ def extra_memory(work: Callable[[], object], device: str) -> int | None:
 
 
 def _times_on_gpu(work: Callable[[], object], count: int) -> list[float]:
-    """Milliseconds on the GPU, each run with a cold cache. While the GPU clears that the host is
-    ahead of it, so that its time shows only where it is longer than both."""
+    """Milliseconds on the GPU, each run with a cold cache. The GPU is held back until about all
+    runs are in its queue, as the host's time is not part of theirs."""
+    begin = time.perf_counter()
+    work()
+    of_host = time.perf_counter() - begin
     flushed = torch.empty(_FLUSHED_BYTES, dtype=torch.int8, device="cuda")
     events = [
         (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
         for _ in range(count)
     ]
+    torch.cuda._sleep(int(min(count * of_host, _MOST_HELD) * _CYCLES_A_SECOND))
     for start, end in events:
         flushed.zero_()
         start.record()

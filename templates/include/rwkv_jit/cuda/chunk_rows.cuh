@@ -102,8 +102,8 @@ __device__ __forceinline__ void running_sum_back(float& upper, float& lower) {
   upper += __shfl_sync(0xffffffffu, lower, lane % 4);
 }
 
-// Writes a row's pairs of two tiles, of which the left one's place is `to`. Two lanes give each other
-// one of 16-bit values, so that a row's are one sector of memory, written at once.
+// Writes a row's pairs of two tiles, of which the left one's place is `to`. Two lanes give each
+// other one of 16-bit values, so that a row's are one sector of memory, written at once.
 template <typename Pair>
 __device__ __forceinline__ void store_row(const Pair& left, const Pair& right, Element* to,
                                           bool valid) {
