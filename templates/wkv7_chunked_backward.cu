@@ -63,22 +63,22 @@ __device__ __forceinline__ void triangle_gradient(Shared& shared, int at, int wh
   store_tile<PADDED>(sum[1], triangle_of(shared.chunks[at], which) + 8);
 }
 
-// Waits for the group of STATE_WARPS warps.
+constexpr int GROUP = STATE_WARPS * 32;  // threads of one
+
+// Waits for this warp's group.
 __device__ __forceinline__ void sync_group() {
-  wait_at<STATE_WARPS * 32>(GROUP_BARRIER + threadIdx.x / 32 / STATE_WARPS);
+  wait_at<GROUP>(GROUP_BARRIER + threadIdx.x / 32 / STATE_WARPS);
 }
 
 // Asks a group for chunk `at` of the span at `first`: what it is prepared from and v, dy, or both.
 __device__ __forceinline__ void fetch_inputs(const Arguments& args, const Tokens& tokens, int first,
                                              Shared& shared, int at) {
-  constexpr int GROUP = STATE_WARPS * 32;
   const int thread = threadIdx.x % GROUP, token = first + at * TOKENS;
   fetch<GROUP>(args, tokens, token, thread, shared.raw[at]);
   fetch_rows<TOKENS, GROUP>(args.v, tokens, token, thread, &shared.v[at * TOKENS]);
 }
 __device__ __forceinline__ void fetch_dy(const Arguments& args, const Tokens& tokens, int first,
                                          Shared& shared, int at) {
-  constexpr int GROUP = STATE_WARPS * 32;
   fetch_rows<TOKENS, GROUP>(args.dy, tokens, first + at * TOKENS, threadIdx.x % GROUP,
                             &shared.dy[at * TOKENS]);
 }
@@ -273,7 +273,7 @@ __device__ __forceinline__ void pass_span(const Arguments& args, const Tokens& t
   for (int at = group; at < CHUNKS; at += GROUPS)
     fetch_inputs(args, tokens, first - SPAN, shared, at);
   for (int at = CHUNKS - 1; at >= 0 && group == 0; --at) {
-    if (at < chunks) pass_back(shared, at, d);
+    if (at < chunks) scan_backward<true>(args, tokens, first + at * TOKENS, shared, at, d);
     sync_group();  // its readers are done
     fetch_dy(args, tokens, first - SPAN, shared, at);
   }
@@ -331,12 +331,12 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) backward_kernel(const Argumen
       scan_span_forward(args, checkpoint, shared, chunks);
       for (int at = chunks - 1; at >= 0; --at) {
         store_u(shared, at);
-        scan_backward(args, tokens, first + at * TOKENS, shared, at, d);
+        scan_backward<false>(args, tokens, first + at * TOKENS, shared, at, d);
         chunk_gradients(args, tokens, first, shared, at);
       }
     } else if (group == 0) {
       for (int at = chunks - 1; at >= 0; --at) {
-        scan_backward(args, tokens, first + at * TOKENS, shared, at, d);
+        scan_backward<false>(args, tokens, first + at * TOKENS, shared, at, d);
         if (at >= OTHERS) arrive_at<THREADS>(SCANNED_BARRIER + at);
       }
       wait_at<THREADS>(U_BARRIER);
