@@ -328,28 +328,30 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) backward_kernel(const Argumen
       pass_span(args, tokens, first, shared, chunks, d);
       continue;
     }
-    if constexpr (GROUPS == 1) {
-      scan_span_forward(args, checkpoint, shared, chunks);
-      for (int at = chunks - 1; at >= 0; --at) {
+    // The chunks whose gradients this warp's group works out: from `end` back to `begin`.
+    int begin = 0, end = chunks;
+    if (GROUPS == 1 || group != 0) scan_span_forward(args, checkpoint, shared, chunks);
+    if constexpr (GROUPS > 1) {
+      if (group == 0) {
+        for (int at = chunks - 1; at >= 0; --at) {
+          scan_backward<true>(shared, at, d);
+          if (at >= OTHERS) arrive_at<THREADS>(SCANNED_BARRIER + at);
+        }
+        wait_at<THREADS>(STATES_BARRIER);
+        end = min(chunks, OTHERS);
+      } else {
+        arrive_at<THREADS>(STATES_BARRIER);
+        begin = OTHERS;
+      }
+    }
+    for (int at = end - 1; at >= begin; --at) {
+      if constexpr (GROUPS == 1) {
         scan_backward<true>(shared, at, d);
         __syncwarp();
-        chunk_gradients(args, tokens, first, shared, at);
-      }
-    } else if (group == 0) {
-      for (int at = chunks - 1; at >= 0; --at) {
-        scan_backward<true>(shared, at, d);
-        if (at >= OTHERS) arrive_at<THREADS>(SCANNED_BARRIER + at);
-      }
-      wait_at<THREADS>(STATES_BARRIER);
-      for (int at = min(chunks, OTHERS) - 1; at >= 0; --at)
-        chunk_gradients(args, tokens, first, shared, at);
-    } else {
-      scan_span_forward(args, checkpoint, shared, chunks);
-      arrive_at<THREADS>(STATES_BARRIER);
-      for (int at = chunks - 1; at >= OTHERS; --at) {
+      } else if (group != 0) {
         wait_at<THREADS>(SCANNED_BARRIER + at);
-        chunk_gradients(args, tokens, first, shared, at);
       }
+      chunk_gradients(args, tokens, first, shared, at);
     }
     // The last span may have fewer chunks than the one before it.
     for (int at = chunks + group; at < CHUNKS && first > 0; at += GROUPS)
