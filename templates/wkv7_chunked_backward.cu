@@ -100,7 +100,6 @@ __device__ __forceinline__ void channel_gradients(const Arguments& args, const T
   const bool valid[2] = {first + g < tokens.count, first + g + 8 < tokens.count};
   const int64_t place = tokens.at(first + g) + key + 2 * q;
   const int stride = tokens.stride;
-  const TokenSums sums;
   Accumulator log_d[2], bounded[2];
   loaded.log2_decays<DECAY, BOUNDED>(
       is_wide(args.w_dtype) ? static_cast<const float*>(args.w) + place : nullptr, stride, valid,
@@ -113,8 +112,8 @@ __device__ __forceinline__ void channel_gradients(const Arguments& args, const T
   Accumulator dr[2] = {}, da[2] = {}, dk[2] = {}, db[2] = {}, dw[2] = {};
   {
     Accumulator from_middle[2], before[2], to_middle[2];
-    exp2_of_sums(sums.from_middle(), decays.bounded, from_middle, to_middle);
-    exp2_of_sums(sums.from_middle_before(), decays.bounded, before);
+    exp2_of_sums(sums_of(FROM_MIDDLE), decays.bounded, from_middle, to_middle);
+    exp2_of_sums(sums_of(FROM_MIDDLE_BEFORE), decays.bounded, before);
     const OperandA r = scaled(loaded.r, from_middle), a = scaled(loaded.a, before),
                    k = scaled(loaded.k, to_middle), b = scaled(loaded.b, to_middle);
     OperandA left;
@@ -183,16 +182,16 @@ __device__ __forceinline__ void channel_gradients(const Arguments& args, const T
       load_transposed<PADDED>(&scanned.dx[16 * step][0], left);
       add_product(da_state, left, right);
     }
-    exp2_of_sums(sums.sum_up_to(), decays.log_d, factors);
+    exp2_of_sums(sums_of(UP_TO), decays.log_d, factors);
     scale(dr_state, factors);
     add_overlap(loaded.r, dr_state, terms);
     add(terms, dw);
     add(dr_state, dr);
     store_pairs(dr, args.dr, place, stride, valid);
-    exp2_of_sums(sums.sum_before(), decays.log_d, factors);
+    exp2_of_sums(sums_of(BEFORE), decays.log_d, factors);
     scale(da_state, factors);
     add_overlap(loaded.a, da_state, terms);
-    add_product(dw, sums.sum_after(), split(terms));
+    add_product(dw, sums_of(AFTER), split(terms));
     add(da_state, da);
     store_pairs(da, args.da, place, stride, valid);
   }
@@ -213,12 +212,12 @@ __device__ __forceinline__ void channel_gradients(const Arguments& args, const T
     }
     sync_group();  // the readers of the chunk's tensors and of what was scanned are done
     if (span > 0) fetch_chunk(args, tokens, span - SPAN, shared, at);
-    exp2_of_sums(sums.sum_after(), decays.log_d, factors);
+    exp2_of_sums(sums_of(AFTER), decays.log_d, factors);
     scale(dk_state, factors);
     scale(db_state, factors);
     add_overlap(loaded.k, dk_state, terms);
     add_overlap(loaded.b, db_state, terms);
-    add_product(dw, sums.sum_before(), split(terms));
+    add_product(dw, sums_of(BEFORE), split(terms));
     add(dk_state, dk);
     store_pairs(dk, args.dk, place, stride, valid);
     add(db_state, db);

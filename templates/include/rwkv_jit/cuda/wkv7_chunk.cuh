@@ -202,7 +202,6 @@ __device__ __forceinline__ void prepare(const Args& args, const Tokens& tokens, 
   constexpr int PART_STEPS = CHANNELS / 16 / PARTS, OWN = TRIANGLES / PARTS;
   const int part = threadIdx.x / 32 % PARTS, first_channel = part * PART_STEPS * 16;
   const auto has = [part](Triangle which) { return part == which / OWN; };
-  const TokenSums sums;
   Accumulator triangles[TRIANGLES][2] = {};
   // The second tiles of r P and K^; see keep_rows.
   Accumulator state_r[PART_STEPS], state_k[PART_STEPS];
@@ -228,14 +227,14 @@ __device__ __forceinline__ void prepare(const Args& args, const Tokens& tokens, 
 
     OperandA a, r;
     Accumulator inside[2], inverse[2], factors[2], halves[2];
-    if constexpr (BOUNDED) exp2_of_sums(sums.halves(), decays.log_d, halves);
+    if constexpr (BOUNDED) exp2_of_sums(sums_of(HALVES), decays.log_d, halves);
     load<ROW>(&raw.a[0][channel], a);
-    factors_of<BOUNDED>(sums.sum_before(), sums.from_middle_before(), decays, halves, factors,
+    factors_of<BOUNDED>(sums_of(BEFORE), sums_of(FROM_MIDDLE_BEFORE), decays, halves, factors,
                         inside);
     store_rows(scaled(a, factors), &chunk.w[0][channel]);
     a = scaled(a, inside);
     load<ROW>(&raw.r[0][channel], r);
-    factors_of<BOUNDED>(sums.sum_up_to(), sums.from_middle(), decays, halves, factors, inside,
+    factors_of<BOUNDED>(sums_of(UP_TO), sums_of(FROM_MIDDLE), decays, halves, factors, inside,
                         inverse);
     keep_rows(r, factors, &chunk.r[0][channel], state_r[step]);
     if (g == 7) {
@@ -252,7 +251,7 @@ __device__ __forceinline__ void prepare(const Args& args, const Tokens& tokens, 
     if constexpr (BOUNDED) {
       scale_by_half<1>(inverse, halves, factors);
     } else {
-      exp2_of_sums(sums.sum_after(), decays.log_d, factors);
+      exp2_of_sums(sums_of(AFTER), decays.log_d, factors);
     }
     store_rows(scaled(b, factors), &chunk.b[0][channel]);
     keep_rows(to_first(k), factors, &chunk.k[0][channel], state_k[step]);
