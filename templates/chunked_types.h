@@ -131,6 +131,7 @@ __device__ __forceinline__ void decay_keys(Accumulator (&state)[2], const float*
 template <typename Args>
 __device__ __forceinline__ void prefetch_checkpoint(const Args& args, int64_t index) {
   const char* state = static_cast<const char*>(args.checkpoints) + index * CHECKPOINT_BYTES;
+#pragma unroll 1
   for (int at = threadIdx.x * 128; at < CHECKPOINT_BYTES; at += THREADS * 128)
     rwkv_jit::prefetch(state + at);
 }

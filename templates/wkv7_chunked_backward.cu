@@ -257,12 +257,8 @@ __device__ __forceinline__ void prefetch_span(const Arguments& args, const Token
       prefetch(static_cast<const Element*>(args.w) + line);
     }
   };
-  if constexpr (IS_FP32) {  // registers are short: no loop, which would be unrolled
-    static_assert(!IS_FP32 || SPAN * LINES <= THREADS);
-    if (threadIdx.x < SPAN * LINES) prefetch_line(threadIdx.x);
-  } else {
-    for (int at = threadIdx.x; at < SPAN * LINES; at += THREADS) prefetch_line(at);
-  }
+  static_assert(SPAN * LINES <= THREADS);
+  if (threadIdx.x < SPAN * LINES) prefetch_line(threadIdx.x);
 }
 
 // Takes D alone through the chunks of a span, and asks for the span before it.

@@ -38,6 +38,7 @@ _EVERYTHING = 1 << 62
 _LAUNCH = re.compile(r"([\w:]+(?:<[^;<>]*>)?)\s*<<<(.+?)>>>\(", re.DOTALL)
 _SHARED = re.compile(r"extern __shared__ (?:__align__\(\d+\) )?(\w+) (\w+)\[\];")
 _ASM = re.compile(r"\basm(?: volatile)?\(")
+_DECLARATION = re.compile(r"[{}]|\.reg [^;]*;")
 _STRING = re.compile(r'"((?:[^"\\]|\\.)*)"')
 
 
@@ -79,7 +80,8 @@ def _instruction(statement: str) -> str:
         statement[begin + 1 : end]
         for begin, end in zip([-1, *colons], [*colons, len(statement)], strict=True)
     ]
-    instruction = "".join(_STRING.findall(sections[0])).split()[0].rstrip(";")
+    text = _DECLARATION.sub("", "".join(_STRING.findall(sections[0])))
+    instruction = text.split()[0].rstrip(";")
     operands = [
         piece.strip().rstrip(",").strip()[1:-1]
         for section in sections[1:3]

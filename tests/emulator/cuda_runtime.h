@@ -96,12 +96,6 @@ Value __shfl_xor_sync(unsigned mask, Value value, int lanes) {
   return emulator_cast<Value>(emulator::shuffle(mask, emulator_cast<uint32_t>(value), source));
 }
 template <typename Value>
-Value __shfl_down_sync(unsigned mask, Value value, int lanes) {
-  const int lane = static_cast<int>(emulator::lane());
-  return emulator_cast<Value>(emulator::shuffle(mask, emulator_cast<uint32_t>(value),
-                                                lane + lanes < 32 ? lane + lanes : lane));
-}
-template <typename Value>
 unsigned __match_any_sync(unsigned mask, Value value) {
   return emulator::match_any(mask, emulator_cast<uint32_t>(value));
 }
@@ -178,6 +172,12 @@ inline void ldmatrix_sync_aligned_m8n8_x4_trans_shared_b16(uint32_t& d0, uint32_
 }
 inline void movmatrix_sync_aligned_m8n8_trans_b16(uint32_t& to, uint32_t from) {
   to = emulator::transpose_matrix(from);
+}
+inline void shfl_sync_down_b32(float& to, int& there, float from, int lanes) {
+  const int lane = static_cast<int>(emulator::lane());
+  there = lane + lanes < 32;
+  to = emulator_cast<float>(
+      emulator::shuffle(~0u, emulator_cast<uint32_t>(from), there ? lane + lanes : lane));
 }
 inline void bar_sync(int barrier, int threads) { emulator::sync(barrier, threads); }
 inline void bar_arrive(int barrier, int threads) { emulator::arrive(barrier, threads); }

@@ -89,17 +89,25 @@ __device__ __forceinline__ float decay_slope(float log2_d) {
   return KIND == LOGLOG ? log_d : log_d * (1.0f + log_d * (1.0f / 0.60653065971263342f));
 }
 
+// Adds what the lane `step` lanes on has, if there is one.
+__device__ __forceinline__ void add_from_above(float& value, int step) {
+  float above;
+  int there;
+  asm volatile(
+      "{ .reg .pred there; shfl.sync.down.b32 %0|there, %2, %3, 31, -1; selp.b32 %1, 1, 0, there; }"
+      : "=f"(above), "=r"(there)
+      : "f"(value), "r"(step));
+  if (there) value += above;
+}
+
 // Sums from the last token back: upper are rows 0..7, lower rows 8..15, one a lane.
 __device__ __forceinline__ void running_sum_back(float& upper, float& lower) {
-  const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int step = 4; step < 32; step *= 2) {
-    const float above = __shfl_down_sync(0xffffffffu, upper, step);
-    const float below = __shfl_down_sync(0xffffffffu, lower, step);
-    upper += lane + step < 32 ? above : 0.0f;
-    lower += lane + step < 32 ? below : 0.0f;
+    add_from_above(upper, step);
+    add_from_above(lower, step);
   }
-  upper += __shfl_sync(0xffffffffu, lower, lane % 4);
+  upper += __shfl_sync(0xffffffffu, lower, threadIdx.x % 4);
 }
 
 // Writes a row's pairs of two tiles, of which the left one's place is `to`. Two lanes give each
@@ -115,8 +123,9 @@ __device__ __forceinline__ void store_row(const Pair& left, const Pair& right, E
     const bool is_right = threadIdx.x % 2;
     const Pair got = __shfl_xor_sync(0xffffffffu, is_right ? left : right, 1);
     if (!valid) return;
-    *reinterpret_cast<uint2*>(to + threadIdx.x % 2 * 6) =
-        make_uint2(is_right ? got : left, is_right ? right : got);
+    const uint32_t low = is_right ? got : left, high = is_right ? right : got;
+    // As one value, since a struct of both would be written by two stores.
+    *reinterpret_cast<uint64_t*>(to + threadIdx.x % 2 * 6) = uint64_t{high} << 32 | low;
   }
 }
 
