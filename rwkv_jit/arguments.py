@@ -17,6 +17,8 @@ from .spec import EntrySpec, OpSpec, TensorSpec
 
 # Values of parts of sums. More keep more of a GPU busy, and are themselves written and read.
 _SUMMED_TOGETHER = 1 << 21
+# Heads of sequences that blocks take turns at. More keep a GPU busy without.
+MOST_SHARED = 2048
 Tensors = Mapping[str, torch.Tensor | None]
 
 
@@ -62,6 +64,8 @@ def entry_sizes(entry: EntrySpec, spacing: int, tensors: Tensors) -> dict[str, i
         sizes["C"] = first.shape[2]
     if spacing:
         sizes.update(K=batch * length // spacing + sequences, L=spacing, Q=spacing // 4)
+        heads = sequences * sizes["H"]
+        sizes.update(D=min(heads, MOST_SHARED), E=heads + 1)
     elif "G" in entry.sizes:
         sizes["G"] = sum_groups(batch * length, sizes["C"])
     return sizes

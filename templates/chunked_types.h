@@ -136,17 +136,16 @@ __device__ __forceinline__ void prefetch_checkpoint(const Args& args, int64_t in
     rwkv_jit::prefetch(state + at);
 }
 
-// So many blocks for a sequence and head.
-template <typename Shared>
-int launch(void (*kernel)(Arguments), const Arguments& args, int64_t each = 1) {
+template <typename Shared, typename... Others>
+int launch(void (*kernel)(Arguments, Others...), const Arguments& args, int64_t blocks,
+           const Others&... others) {
   static_assert(sizeof(Shared) == SHARED_BYTES, "the spec knows how much it is");
-  const int64_t blocks = args.S * args.H * each;
   if (blocks == 0) return cudaSuccess;
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES);
   if (error != cudaSuccess) return error;
   const auto stream = static_cast<cudaStream_t>(args.stream);
-  kernel<<<static_cast<unsigned>(blocks), THREADS, SHARED_BYTES, stream>>>(args);
+  kernel<<<static_cast<unsigned>(blocks), THREADS, SHARED_BYTES, stream>>>(args, others...);
   return cudaGetLastError();
 }
 

@@ -359,6 +359,6 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) backward_kernel(const Argumen
 }  // namespace
 
 RWKV_JIT_EXPORT int rwkv_jit_launch(const Arguments* args) {
-  const int error = launch<Shared>(backward_kernel, *args);
+  const int error = launch<Shared>(backward_kernel, *args, args->S * args->H);
   return error == cudaSuccess ? launch_sums(*args) : error;
 }

@@ -94,5 +94,6 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) forward_kernel(const Argument
 }  // namespace
 
 RWKV_JIT_EXPORT int rwkv_jit_launch(const Arguments* args) {
-  return launch<Shared>(forward_kernel, begin_forward(*args, args->S * args->H, BLOCKS));
+  const int64_t blocks = args->S * args->H;
+  return launch<Shared>(forward_kernel, begin_forward(*args, blocks, BLOCKS), blocks);
 }

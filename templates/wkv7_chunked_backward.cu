@@ -34,20 +34,20 @@ constexpr bool BOUNDED = {{bounded}};  // no decay is below e^-8
 
 // The gradient of one of a chunk's triangles, by this warp.
 __device__ __forceinline__ void triangle_gradient(Shared& shared, int at, int which) {
-  const Scanned& scanned = shared.work.scanned[at % SCANNED];
+  Chunk& chunk = shared.chunks[at];
   Accumulator sum[2] = {};
 #pragma unroll
   for (int step = 0; step < STEPS; ++step) {
     OperandA left;
     OperandB right;
     if (which == AB || which == AK) {
-      load_transposed<PADDED>(&scanned.dx[16 * step][0], left);
+      load_transposed<PADDED>(&dx_of(chunk)[16 * step][0], left);
     } else {
       load<ROW>(&shared.dy[at * TOKENS][16 * step], left);
       left = rounded(left);
     }
     if (which == AB || which == QB) {
-      load<PADDED>(&scanned.u[16 * step][0], right);
+      load<PADDED>(&u_of(chunk)[16 * step][0], right);
     } else {
       load_transposed<ROW>(&shared.v[at * TOKENS][16 * step], right);
       right = rounded(right);
@@ -59,42 +59,27 @@ __device__ __forceinline__ void triangle_gradient(Shared& shared, int at, int wh
   } else {
     lower_triangle<false>(sum);
   }
-  store_tile<PADDED>(sum[0], triangle_of(shared.chunks[at], which));
-  store_tile<PADDED>(sum[1], triangle_of(shared.chunks[at], which) + 8);
+  store_tile<PADDED>(sum[0], triangle_of(chunk, which));
+  store_tile<PADDED>(sum[1], triangle_of(chunk, which) + 8);
 }
 
-// Waits for the group of STATE_WARPS warps.
-__device__ __forceinline__ void sync_group() {
-  wait_at<STATE_WARPS * 32>(GROUP_BARRIER + threadIdx.x / 32 / STATE_WARPS);
-}
-
-// Asks a group for chunk `at` of the span at `first`: what it is prepared from and v, dy, or both.
-__device__ __forceinline__ void fetch_inputs(const Arguments& args, const Tokens& tokens, int first,
-                                             Shared& shared, int at) {
-  constexpr int GROUP = STATE_WARPS * 32;
-  const int thread = threadIdx.x % GROUP, token = first + at * TOKENS;
-  fetch<GROUP>(args, tokens, token, thread, shared.raw[at]);
-  fetch_rows<TOKENS, GROUP>(args.v, tokens, token, thread, &shared.v[at * TOKENS]);
-}
-__device__ __forceinline__ void fetch_dy(const Arguments& args, const Tokens& tokens, int first,
-                                         Shared& shared, int at) {
-  constexpr int GROUP = STATE_WARPS * 32;
-  fetch_rows<TOKENS, GROUP>(args.dy, tokens, first + at * TOKENS, threadIdx.x % GROUP,
-                            &shared.dy[at * TOKENS]);
-}
+// Asks for the tensors of chunk `at` of the span at `first`.
 __device__ __forceinline__ void fetch_chunk(const Arguments& args, const Tokens& tokens, int first,
                                             Shared& shared, int at) {
-  fetch_inputs(args, tokens, first, shared, at);
-  fetch_dy(args, tokens, first, shared, at);
+  const int token = first + at * TOKENS;
+  fetch<THREADS>(args, tokens, token, threadIdx.x, shared.raw[at]);
+  fetch_rows<TOKENS, THREADS>(args.v, tokens, token, threadIdx.x, &shared.v[at * TOKENS]);
+  fetch_rows<TOKENS, THREADS>(args.dy, tokens, token, threadIdx.x, &shared.dy[at * TOKENS]);
 }
 
-// Gradients of r, w, k, a and b for sixteen channels of chunk `at` of a span, by this warp. As soon
-// as its group is done with the chunk's tensors, those of the span before are asked for.
+// Gradients of r, w, k, a and b for sixteen channels of chunk `at` of a span, whose first token is
+// `first`, by this warp. As soon as the block is done with the chunk's tensors, those of the span at
+// `before`, if any, are asked for.
 __device__ __forceinline__ void channel_gradients(const Arguments& args, const Tokens& tokens,
-                                                  int span, Shared& shared, int at, int key) {
-  const int first = span + at * TOKENS;
+                                                  int first, int before, Shared& shared, int at,
+                                                  int key) {
   const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
-  const Scanned& scanned = shared.work.scanned[at % SCANNED];
+  Chunk& chunk = shared.chunks[at];
   Loaded loaded;
   loaded.load_from(shared.raw[at], key);
   const bool valid[2] = {first + g < tokens.count, first + g + 8 < tokens.count};
@@ -118,22 +103,22 @@ __device__ __forceinline__ void channel_gradients(const Arguments& args, const T
                    k = scaled(loaded.k, to_middle), b = scaled(loaded.b, to_middle);
     OperandA left;
     OperandB right = to_second(b), other = to_second(k);
-    load<PADDED>(triangle_of(shared.chunks[at], QB), left);
+    load<PADDED>(triangle_of(chunk, QB), left);
     add_product(dr, left, right);
-    load<PADDED>(triangle_of(shared.chunks[at], AB), left);
+    load<PADDED>(triangle_of(chunk, AB), left);
     add_product(da, left, right);
-    load<PADDED>(triangle_of(shared.chunks[at], QK), left);
+    load<PADDED>(triangle_of(chunk, QK), left);
     add_product(dr, left, other);
-    load<PADDED>(triangle_of(shared.chunks[at], AK), left);
+    load<PADDED>(triangle_of(chunk, AK), left);
     add_product(da, left, other);
     right = to_second(r), other = to_second(a);
-    load_transposed<PADDED>(triangle_of(shared.chunks[at], QB), left);
+    load_transposed<PADDED>(triangle_of(chunk, QB), left);
     add_product(db, left, right);
-    load_transposed<PADDED>(triangle_of(shared.chunks[at], QK), left);
+    load_transposed<PADDED>(triangle_of(chunk, QK), left);
     add_product(dk, left, right);
-    load_transposed<PADDED>(triangle_of(shared.chunks[at], AB), left);
+    load_transposed<PADDED>(triangle_of(chunk, AB), left);
     add_product(db, left, other);
-    load_transposed<PADDED>(triangle_of(shared.chunks[at], AK), left);
+    load_transposed<PADDED>(triangle_of(chunk, AK), left);
     add_product(dk, left, other);
     // What crosses a token: rows at or after it (a: after it alone) from columns before it. What
     // does not cross cancels, as these are the very products.
@@ -176,10 +161,10 @@ __device__ __forceinline__ void channel_gradients(const Arguments& args, const T
     for (int step = 0; step < STEPS; ++step) {
       OperandA left;
       OperandB right;
-      load<ROW>(&shared.work.state[at][16 * step][key], right);
+      load<ROW>(&shared.state[16 * step][key], right);
       load<ROW>(&shared.dy[at * TOKENS][16 * step], left);
       add_product(dr_state, rounded(left), right);
-      load_transposed<PADDED>(&scanned.dx[16 * step][0], left);
+      load_transposed<PADDED>(&dx_of(chunk)[16 * step][0], left);
       add_product(da_state, left, right);
     }
     exp2_of_sums(sums_of(UP_TO), decays.log_d, factors);
@@ -202,16 +187,16 @@ __device__ __forceinline__ void channel_gradients(const Arguments& args, const T
     for (int step = 0; step < STEPS; ++step) {
       OperandA left;
       OperandB right;
-      load<ROW>(&scanned.d[16 * step][key], right);
+      load<ROW>(&shared.d[16 * step][key], right);
       load<ROW>(&shared.v[at * TOKENS][16 * step], left);
       add_product(dk_state, rounded(left), right);
-      load_transposed<PADDED>(&scanned.u[16 * step][0], left);
+      load_transposed<PADDED>(&u_of(chunk)[16 * step][0], left);
       add_product(db_state, left, right);
-      load_transposed<ROW>(&shared.work.state[at][16 * step][key], left);
+      load_transposed<ROW>(&shared.state[16 * step][key], left);
       add_product(overlap, left, right);
     }
-    sync_group();  // the readers of the chunk's tensors and of what was scanned are done
-    if (span > 0) fetch_chunk(args, tokens, span - SPAN, shared, at);
+    __syncthreads();  // the readers of the chunk's tensors and of the states are done
+    if (before >= 0) fetch_chunk(args, tokens, before, shared, at);
     exp2_of_sums(sums_of(AFTER), decays.log_d, factors);
     scale(dk_state, factors);
     scale(db_state, factors);
@@ -228,7 +213,7 @@ __device__ __forceinline__ void channel_gradients(const Arguments& args, const T
 #pragma unroll
   for (int tile = 0; tile < 2; ++tile) {
     const float2 total =
-        *reinterpret_cast<const float2*>(&shared.chunks[at].total[key + 8 * tile + 2 * q]);
+        *reinterpret_cast<const float2*>(&chunk.total[key + 8 * tile + 2 * q]);
 #pragma unroll
     for (int x = 0; x < 4; ++x) {
       const float crossed = dw[tile][x] + (x % 2 ? total.y : total.x) * through[tile][x % 2];
@@ -261,104 +246,141 @@ __device__ __forceinline__ void prefetch_span(const Arguments& args, const Token
   if (threadIdx.x < SPAN * LINES) prefetch_line(threadIdx.x);
 }
 
-// Takes D alone through the chunks of a span, and asks for the span before it.
-__device__ __forceinline__ void pass_span(const Arguments& args, const Tokens& tokens, int first,
-                                          Shared& shared, int chunks, State& d) {
-  const int group = threadIdx.x / 32 / STATE_WARPS;
-  for (int at = group; at < CHUNKS; at += GROUPS)
-    fetch_inputs(args, tokens, first - SPAN, shared, at);
-  for (int at = CHUNKS - 1; at >= 0 && group == 0; --at) {
-    if (at < chunks) scan_backward<false>(shared, at, d);
-    sync_group();  // its readers are done
-    fetch_dy(args, tokens, first - SPAN, shared, at);
-  }
-}
-
-// The gradients of a scanned chunk, by a group.
+// The gradients of a chunk, and D back through it. `first` and `before`: see channel_gradients.
 __device__ __forceinline__ void chunk_gradients(const Arguments& args, const Tokens& tokens,
-                                                int first, Shared& shared, int at) {
-  const int member = threadIdx.x / 32 % STATE_WARPS;
-  value_gradients(args, tokens, first + at * TOKENS, shared, at);
-  sync_group();  // the group's rows are there
-  if (member < TRIANGLES) triangle_gradient(shared, at, member);
-  sync_group();
-  channel_gradients(args, tokens, first, shared, at, member * 16);
+                                                int first, int before, Shared& shared, int at,
+                                                State& d) {
+  const int warp = threadIdx.x / 32;
+  Chunk& chunk = shared.chunks[at];
+  Accumulator u[2] = {}, dx[2] = {};
+  make_u(shared, at, u);
+  scan_backward(args, tokens, first, shared, at, d, dx);
+  __syncthreads();  // W, R', K'' and B^ are done with
+#pragma unroll
+  for (int tile = 0; tile < 2; ++tile) {
+    store_tile<PADDED>(u[tile], &u_of(chunk)[own_value()][8 * tile]);
+    store_tile<PADDED>(dx[tile], &dx_of(chunk)[own_value()][8 * tile]);
+  }
+  __syncthreads();  // U, dX, the state and D are there
+  if (warp < TRIANGLES) triangle_gradient(shared, at, warp);
+  __syncthreads();
+  channel_gradients(args, tokens, first, before, shared, at, warp * 16);
 }
 
-__global__ void __launch_bounds__(THREADS, BLOCKS) backward_kernel(const Arguments args) {
+// D of a sequence and head as the lanes hold it, between blocks that share the sequence.
+__device__ __forceinline__ float4* handed_over(const Arguments& args, int64_t index) {
+  return reinterpret_cast<float4*>(static_cast<float*>(args.handed_over) + index * N * N) +
+         own_value() / 16 * STEPS * 2 * 32 + threadIdx.x % 32;
+}
+
+// A turn is so many spans of a sequence and head. The first one's are the last of the sequence;
+// each begins with D as the turn before left it, which is not to be waited for if it is the same
+// block's. Turns are given out in their order, so that one that is waited for is under way.
+struct Turns {
+  int spans, count;  // of a turn; of all
+};
+__device__ __forceinline__ int* turns_done(const Arguments& args, int64_t index) {
+  return static_cast<int*>(args.turns) + 1 + index;
+}
+__device__ __forceinline__ int take_turn(const Arguments& args, Shared& shared) {
+  if (threadIdx.x == 0) shared.ticket = atomicAdd(static_cast<int*>(args.turns), 1);
+  __syncthreads();
+  const int ticket = shared.ticket;
+  __syncthreads();  // every thread has read it
+  return ticket;
+}
+__device__ __forceinline__ void take_over(const Arguments& args, int64_t index, int turn,
+                                          State& d) {
+  if (turn == 0) {
+    load_state(args.dfinal_state, index, d);
+    return;
+  }
+  if (threadIdx.x == 0)
+    while (atomicAdd(turns_done(args, index), 0) < turn) __nanosleep(100);
+  __syncthreads();
+  __threadfence();
+  const float4* from = handed_over(args, index);
+#pragma unroll
+  for (int tile = 0; tile < 2 * STEPS; ++tile)
+    get(__ldcg(from + tile * 32), d[tile / 2][tile % 2]);
+}
+__device__ __forceinline__ void hand_over(const Arguments& args, int64_t index, const State& d) {
+  float4* to = handed_over(args, index);
+#pragma unroll
+  for (int tile = 0; tile < 2 * STEPS; ++tile) put(d[tile / 2][tile % 2], to[tile * 32]);
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) atomicAdd(turns_done(args, index), 1);
+}
+
+__global__ void __launch_bounds__(THREADS, BLOCKS) backward_kernel(const Arguments args,
+                                                                   const Turns turns) {
   extern __shared__ __align__(16) char shared_bytes[];
   Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
-  const int warp = threadIdx.x / 32, own = warp / PARTS;  // the chunk that this warp prepares
-  const int group = warp / STATE_WARPS;
-  // Blocks are (segment * S + s) * H + head.
-  const int heads = static_cast<int>(args.S * args.H), index = blockIdx.x % heads;
-  const int64_t head = index % args.H;
-  const Sequence sequence = find_sequence(args, index / args.H, SPAN);
-  Tokens tokens = tokens_of(args, sequence, head);
-  const Segment segment =
-      find_segment((tokens.count + SPAN - 1) / SPAN, blockIdx.x / heads, gridDim.x / heads);
-  if (segment.begin == segment.end && blockIdx.x >= heads) return;
-  tokens.start = tokens.at(segment.begin * SPAN);
-  tokens.count -= segment.begin * SPAN;
-  const int spans = (tokens.count + SPAN - 1) / SPAN;
-  const int own_end = (segment.end - segment.begin) * SPAN;
-  const int first_checkpoint =
-      static_cast<int>((sequence.first_checkpoint + segment.begin) * args.H + head);
-
-  State d;
-  if (group == 0) load_state(args.dfinal_state, index, d);
-  for (int at = group; at < CHUNKS && spans > 0; at += GROUPS)
-    fetch_chunk(args, tokens, (spans - 1) * SPAN, shared, at);
-  for (int first = (spans - 1) * SPAN; first >= 0; first -= SPAN) {
-    const int checkpoint = first_checkpoint + static_cast<int>(first / SPAN * args.H);
-    const int chunks = min(CHUNKS, (tokens.count - first + TOKENS - 1) / TOKENS);
-    copies_done();
-    __syncthreads();  // the tensors are there
-    prefetch_checkpoint(args, checkpoint);
-    if (first > 0) prefetch_span(args, tokens, first - SPAN);
-    prepare<DECAY, BOUNDED, PARTS>(args, tokens, first + own * TOKENS, shared.raw[own],
-                                   shared.chunks[own], shared.partials[own], [] {});
-    __syncthreads();  // the chunks are there
-    if (first >= own_end) {
-      pass_span(args, tokens, first, shared, chunks, d);
-      continue;
-    }
-    // The chunks whose gradients this warp's group works out: from `end` back to `begin`.
-    int begin = 0, end = chunks;
-    if (GROUPS == 1 || group != 0) scan_span_forward(args, checkpoint, shared, chunks);
-    if constexpr (GROUPS > 1) {
-      if (group == 0) {
-        for (int at = chunks - 1; at >= 0; --at) {
-          scan_backward<true>(shared, at, d);
-          if (at >= OTHERS) arrive_at<THREADS>(SCANNED_BARRIER + at);
-        }
-        wait_at<THREADS>(STATES_BARRIER);
-        end = min(chunks, OTHERS);
-      } else {
-        arrive_at<THREADS>(STATES_BARRIER);
-        begin = OTHERS;
+  const int own = threadIdx.x / 32 / PARTS;  // the chunk that this warp prepares
+  const int heads = static_cast<int>(args.S * args.H);
+  for (int ticket; (ticket = take_turn(args, shared)) < turns.count;) {
+    const int index = ticket % heads, turn = ticket / heads;
+    const int64_t head = index % args.H;
+    const Sequence sequence = find_sequence(args, index / args.H, SPAN);
+    const Tokens tokens = tokens_of(args, sequence, head);
+    const int spans = (tokens.count + SPAN - 1) / SPAN - turn * turns.spans;
+    if (spans <= 0 && turn > 0) continue;
+    const int begin = max(spans - turns.spans, 0) * SPAN;
+    for (int at = 0; at < CHUNKS && spans > 0; ++at)
+      fetch_chunk(args, tokens, (spans - 1) * SPAN, shared, at);
+    State d;
+    if (spans <= 0) take_over(args, index, turn, d);
+    for (int first = (spans - 1) * SPAN; first >= begin; first -= SPAN) {
+      const int64_t checkpoint = (sequence.first_checkpoint + first / SPAN) * args.H + head;
+      const int chunks = min(CHUNKS, (tokens.count - first + TOKENS - 1) / TOKENS);
+      const int before = first > begin ? first - SPAN : -1;
+      copies_done();
+      __syncthreads();  // the tensors are there
+      prefetch_checkpoint(args, checkpoint);
+      if (before >= 0) prefetch_span(args, tokens, before);
+      prepare<DECAY, BOUNDED, PARTS>(args, tokens, first + own * TOKENS, shared.raw[own],
+                                     shared.chunks[own], shared.partials[own], [] {});
+      __syncthreads();  // the chunks are there
+      scan_forward_to(args, checkpoint, shared, chunks - 1);
+      if (first == (spans - 1) * SPAN) take_over(args, index, turn, d);
+      if (first == begin && begin > 0) {  // at once, as another block may wait for it
+        State ahead;
+#pragma unroll
+        for (int step = 0; step < STEPS; ++step)
+#pragma unroll
+          for (int at = 0; at < 8; ++at) ahead[step][at / 4][at % 4] = d[step][at / 4][at % 4];
+        for (int at = chunks - 1; at >= 0; --at) pass_back(shared, at, ahead);
+        hand_over(args, index, ahead);
       }
-    }
-    for (int at = end - 1; at >= begin; --at) {
-      if constexpr (GROUPS == 1) {
-        scan_backward<true>(shared, at, d);
-        __syncwarp();
-      } else if (group != 0) {
-        wait_at<THREADS>(SCANNED_BARRIER + at);
+      for (int at = chunks - 1; at >= 0; --at) {
+        if (at < chunks - 1) scan_forward_to(args, checkpoint, shared, at);
+        chunk_gradients(args, tokens, first + at * TOKENS, before, shared, at, d);
       }
-      chunk_gradients(args, tokens, first, shared, at);
+      // This span may have fewer chunks than the one before it.
+      for (int at = chunks; at < CHUNKS && before >= 0; ++at)
+        fetch_chunk(args, tokens, before, shared, at);
     }
-    // The last span may have fewer chunks than the one before it.
-    for (int at = chunks + group; at < CHUNKS && first > 0; at += GROUPS)
-      fetch_chunk(args, tokens, first - SPAN, shared, at);
+    if (begin == 0) store_state(d, args.dinitial_state, index);
   }
-  if (group == 0 && segment.begin == 0) store_state(d, args.dinitial_state, index);
 }
 
 }  // namespace
 
 RWKV_JIT_EXPORT int rwkv_jit_launch(const Arguments* args) {
-  const int64_t heads = std::max<int64_t>(args->S * args->H, 1);
-  const int64_t segments = std::min<int64_t>(blocks_at_once(BLOCKS) / heads, MOST_SEGMENTS);
-  return launch<Shared>(backward_kernel, *args, std::max<int64_t>(segments, 1));
+  const int64_t heads = args->S * args->H, spans = (args->T + SPAN - 1) / SPAN;
+  if (heads == 0) return cudaSuccess;
+  // Where heads are many, eight turns for each block, so that all end at about the same time.
+  // Where they are few, a turn a span: blocks share a sequence, and D goes from one to the next.
+  const int64_t at_once = std::max<int64_t>(blocks_at_once(BLOCKS), 1);
+  int64_t each = heads < at_once ? spans : (8 * at_once + heads - 1) / heads;
+  if (heads > {{most_shared}}) each = 1;  // there is no place for more to hand over
+  const int64_t turn_spans = std::max<int64_t>((spans + each - 1) / std::max<int64_t>(each, 1), 1);
+  const int64_t count = heads * std::max<int64_t>((spans + turn_spans - 1) / turn_spans, 1);
+  const auto stream = static_cast<cudaStream_t>(args->stream);
+  const cudaError_t error =
+      cudaMemsetAsync(args->turns, 0, (heads + 1) * sizeof(int), stream);
+  if (error != cudaSuccess) return error;
+  return launch<Shared>(backward_kernel, *args, std::min(count, at_once),
+                        Turns{static_cast<int>(turn_spans), static_cast<int>(count)});
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ..arguments import MOST_SHARED
 from ..config import OpConfig
 from ..spec import KNOBS, EntrySpec, OpSpec, TensorSpec
 from .chunked import Block, Chunked
@@ -36,22 +37,36 @@ _PRODUCTS = TensorSpec(
 )
 
 
+# Of the chunked backward, whose blocks take turns at a sequence.
+_HANDED_OVER = TensorSpec(
+    name="handed_over",
+    shape=("D", "N", "N"),
+    dtype=("accumulator",),
+    meaning="gradient of a head's state, between two turns",
+)
+_TURNS = TensorSpec(
+    name="turns",
+    shape=("E",),
+    dtype=("int32",),
+    meaning="how many turns have begun, and then how many of each sequence and head are done",
+)
+
 # On tensor cores, by what shared memory allows; the first that fits is used.
 _CHUNKED = (
-    Chunked(64, 64, forward=Block(16, 4, 2, 1, 207_360), backward=Block(8, 4, 2, 1, 212_992)),
-    Chunked(64, 64, forward=Block(10, 4, 1, 1, 158_304), backward=Block(4, 4, 1, 1, 166_912)),
-    Chunked(64, 32, forward=Block(7, 4, 1, 1, 79_152), backward=Block(4, 4, 2, 1, 91_136)),
-    Chunked(128, 32, forward=Block(16, 8, 4, 1, 126_976), backward=Block(8, 8, 4, 1, 219_648)),
+    Chunked(64, 32, forward=Block(16, 4, 2, 1, 207_360), backward=Block(4, 4, 2, 3, 75_792)),
+    Chunked(64, 32, forward=Block(10, 4, 1, 1, 158_304), backward=Block(4, 4, 2, 2, 75_792)),
+    Chunked(64, 32, forward=Block(7, 4, 1, 1, 79_152), backward=Block(4, 4, 2, 1, 75_792)),
+    Chunked(128, 32, forward=Block(16, 8, 4, 1, 126_976), backward=Block(8, 8, 4, 1, 172_560)),
 )
 # The same for float32, whose tensors take twice the memory.
 _CHUNKED_TF32 = (
-    Chunked(64, 32, forward=Block(16, 4, 4, 1, 205_056), backward=Block(8, 4, 4, 1, 211_456)),
-    Chunked(64, 16, forward=Block(12, 4, 4, 1, 136_704), backward=Block(4, 4, 4, 1, 105_728)),
+    Chunked(64, 16, forward=Block(16, 4, 4, 1, 205_056), backward=Block(4, 4, 4, 2, 93_456)),
+    Chunked(64, 16, forward=Block(12, 4, 4, 1, 136_704), backward=Block(4, 4, 4, 1, 93_456)),
 )
 
 
 def _chunked_constants(config: OpConfig) -> Mapping[str, int]:
-    return {"bounded": int(config.decays_are_bounded)}
+    return {"bounded": int(config.decays_are_bounded), "most_shared": MOST_SHARED}
 
 
 WKV7 = OpSpec(
@@ -87,7 +102,13 @@ WKV7 = OpSpec(
             variant
             for dtype, rows in (("bf16", _CHUNKED), ("fp16", _CHUNKED), ("fp32", _CHUNKED_TF32))
             for row in rows
-            for variant in row.variants("wkv7", _chunked_constants, dtype=dtype, uses_bound=True)
+            for variant in row.variants(
+                "wkv7",
+                _chunked_constants,
+                (_HANDED_OVER, _TURNS),
+                dtype=dtype,
+                uses_bound=True,
+            )
         ),
         *recurrence_variants("wkv7", constants={}, cuda_scratch=(_PRODUCTS,)),
     ),

@@ -72,6 +72,10 @@ Value __ldg(const Value* from) {
   return *from;
 }
 template <typename Value>
+Value __ldcg(const Value* from) {
+  return *from;
+}
+template <typename Value>
 Value min(Value a, Value b) {
   return b < a ? b : a;
 }
@@ -84,6 +88,8 @@ inline int atomicAdd(int* to, int value) { return emulator::atomic_add(to, value
 inline void __syncthreads() { emulator::sync(0, 0); }
 inline void __syncwarp(unsigned mask = ~0u) { emulator::sync_warp(mask); }
 inline void __threadfence_block() {}
+inline void __threadfence() {}
+inline void __nanosleep(unsigned) {}
 template <typename Value>
 Value __shfl_sync(unsigned mask, Value value, int source, int width = 32) {
   const int first = static_cast<int>(emulator::lane()) / width * width;
