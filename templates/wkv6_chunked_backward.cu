@@ -200,8 +200,9 @@ __device__ __forceinline__ void channel_gradients(const Arguments& args, const T
     total[tile][0] = pair.x, total[tile][1] = pair.y;
   }
   if constexpr (DECAY_PER_TOKEN) {
-    add_product(dw, sums_of(AFTER), split(r_terms));
-    add_product(dw, sums_of(BEFORE), split(k_terms));
+    const TokenSums sums;
+    add_product(dw, sums.sum_after(), split(r_terms));
+    add_product(dw, sums.sum_before(), split(k_terms));
     float through[2][2];
     diagonal(overlap, through);
 #pragma unroll

@@ -21,7 +21,7 @@
 #include "rwkv_jit/cuda/blocks.h"
 #include "rwkv_jit/cuda/element.cuh"
 //% include "element_types.h"
-#include "rwkv_jit/cuda/wkv7_chunk_gradient.cuh"
+#include "rwkv_jit/cuda/wkv7_chunk.cuh"
 //% include "chunked_types.h"
 //% include "wkv7_chunked_state.h"
 //% include "wkv7_chunked_scans.h"
@@ -72,6 +72,21 @@ __device__ __forceinline__ void fetch_chunk(const Arguments& args, const Tokens&
   fetch_rows<TOKENS, THREADS>(args.dy, tokens, token, threadIdx.x, &shared.dy[at * TOKENS]);
 }
 
+// Adds the gradients of a sum over tokens' rows, of which `left` is the rows' triangle and `right`
+// what they are multiplied with.
+__device__ __forceinline__ void add_columns(Accumulator (&sum)[2], const Element* triangle,
+                                            const OperandB& right) {
+  OperandA left;
+  load_transposed<PADDED>(triangle, left);
+  add_product(sum, left, right);
+}
+__device__ __forceinline__ void add_rows(Accumulator (&sum)[2], const Element* triangle,
+                                         const OperandB& right) {
+  OperandA left;
+  load<PADDED>(triangle, left);
+  add_product(sum, left, right);
+}
+
 // Gradients of r, w, k, a and b for sixteen channels of chunk `at` of a span, whose first token is
 // `first`, by this warp. As soon as the block is done with the chunk's tensors, those of the span at
 // `before`, if any, are asked for.
@@ -80,145 +95,144 @@ __device__ __forceinline__ void channel_gradients(const Arguments& args, const T
                                                   int key) {
   const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
   Chunk& chunk = shared.chunks[at];
-  Loaded loaded;
-  loaded.load_from(shared.raw[at], key);
+  const Raw& raw = shared.raw[at];
   const bool valid[2] = {first + g < tokens.count, first + g + 8 < tokens.count};
   const int64_t place = tokens.at(first + g) + key + 2 * q;
   const int stride = tokens.stride;
-  Accumulator log_d[2], bounded[2];
-  loaded.log2_decays<DECAY, BOUNDED>(
-      is_wide(args.w_dtype) ? static_cast<const float*>(args.w) + place : nullptr, stride, valid,
-      log_d);
-#pragma unroll
-  for (int x = 0; x < 8; ++x) bounded[x / 4][x % 4] = log_d[x / 4][x % 4];
-  const Decays decays = decays_of<DECAY, BOUNDED>(bounded);
+  const TokenSums sums;
+  // What is in shared memory is read again where it is needed again: registers are short.
+  const auto rows_of = [key](const Element (&tensor)[TOKENS][ROW]) {
+    OperandA rows;
+    load<ROW>(&tensor[0][key], rows);
+    return rows;
+  };
+  float log2_d[8];
+  load_log2_decays<DECAY, BOUNDED>(args, tokens, first, key, raw, log2_d);
+  const Decays decays = decays_of<DECAY, BOUNDED>(log2_d);
 
-  // In the triangles.
-  Accumulator dr[2] = {}, da[2] = {}, dk[2] = {}, db[2] = {}, dw[2] = {};
-  {
-    Accumulator from_middle[2], before[2], to_middle[2];
-    exp2_of_sums(sums_of(FROM_MIDDLE), decays.bounded, from_middle, to_middle);
-    exp2_of_sums(sums_of(FROM_MIDDLE_BEFORE), decays.bounded, before);
-    const OperandA r = scaled(loaded.r, from_middle), a = scaled(loaded.a, before),
-                   k = scaled(loaded.k, to_middle), b = scaled(loaded.b, to_middle);
-    OperandA left;
-    OperandB right = to_second(b), other = to_second(k);
-    load<PADDED>(triangle_of(chunk, QB), left);
-    add_product(dr, left, right);
-    load<PADDED>(triangle_of(chunk, AB), left);
-    add_product(da, left, right);
-    load<PADDED>(triangle_of(chunk, QK), left);
-    add_product(dr, left, other);
-    load<PADDED>(triangle_of(chunk, AK), left);
-    add_product(da, left, other);
-    right = to_second(r), other = to_second(a);
-    load_transposed<PADDED>(triangle_of(chunk, QB), left);
-    add_product(db, left, right);
-    load_transposed<PADDED>(triangle_of(chunk, QK), left);
-    add_product(dk, left, right);
-    load_transposed<PADDED>(triangle_of(chunk, AB), left);
-    add_product(db, left, other);
-    load_transposed<PADDED>(triangle_of(chunk, AK), left);
-    add_product(dk, left, other);
-    // What crosses a token: rows at or after it (a: after it alone) from columns before it. What
-    // does not cross cancels, as these are the very products.
-    Accumulator own[2] = {};
-    add_overlap(a, da, own);
-    add_overlap(r, dr, dw);
-    add_overlap<true>(k, dk, dw);
-    add_overlap<true>(b, db, dw);
-#pragma unroll
-    for (int tile = 0; tile < 2; ++tile)
-#pragma unroll
-      for (int odd = 0; odd < 2; ++odd) {
-        float upper = dw[tile][odd] + own[tile][odd],
-              lower = dw[tile][2 + odd] + own[tile][2 + odd];
-        running_sum_back(upper, lower);
-        dw[tile][odd] = upper - own[tile][odd];
-        dw[tile][2 + odd] = lower - own[tile][2 + odd];
-      }
-    // The triangles have the bounded decay; what crosses this token has its own in truth.
-    if constexpr (!BOUNDED) {
-#pragma unroll
-      for (int x = 0; x < 8; ++x)
-        dw[x / 4][x % 4] *= exp2_fast(log_d[x / 4][x % 4] - fmaxf(log_d[x / 4][x % 4], STRONGEST));
-    }
-    scale(dr, from_middle);
-    scale(da, before);
-    scale(dk, to_middle);
-    scale(db, to_middle);
-  }
-  if constexpr (IS_FP32) {
-    __syncwarp();  // so that they are read again, and have no registers till here
-    loaded.load_from(shared.raw[at], key);
-  }
   // Against the states. What crosses a token: from states before it to rows at or after it (a:
   // after it alone), from columns before it to the state after the chunk, and from state to state.
-  Accumulator factors[2];
+  Accumulator dr[2] = {}, da[2] = {}, dk[2] = {}, db[2] = {}, dw[2] = {}, factors[2];
   {
-    Accumulator dr_state[2] = {}, da_state[2] = {}, terms[2] = {};
 #pragma unroll 2
     for (int step = 0; step < STEPS; ++step) {
       OperandA left;
       OperandB right;
-      load<ROW>(&shared.state[16 * step][key], right);
+      load<ROW>(&state_of(shared, at)[16 * step][key], right);
       load<ROW>(&shared.dy[at * TOKENS][16 * step], left);
-      add_product(dr_state, rounded(left), right);
+      add_product(dr, rounded(left), right);
       load_transposed<PADDED>(&dx_of(chunk)[16 * step][0], left);
-      add_product(da_state, left, right);
+      add_product(da, left, right);
     }
-    exp2_of_sums(sums_of(UP_TO), decays.log_d, factors);
-    scale(dr_state, factors);
-    add_overlap(loaded.r, dr_state, terms);
-    add(terms, dw);
-    add(dr_state, dr);
-    store_pairs(dr, args.dr, place, stride, valid);
-    exp2_of_sums(sums_of(BEFORE), decays.log_d, factors);
-    scale(da_state, factors);
-    add_overlap(loaded.a, da_state, terms);
-    add_product(dw, sums_of(AFTER), split(terms));
-    add(da_state, da);
-    store_pairs(da, args.da, place, stride, valid);
+    exp2_of_sums(sums.sum_up_to(), decays.log_d, factors);
+    scale(dr, factors);
+    add_overlap(rows_of(raw.r), dr, dw);
+    exp2_of_sums(sums.sum_before(), decays.log_d, factors);
+    scale(da, factors);
+    Accumulator terms[2] = {};
+    add(dw, terms);
+    add_overlap(rows_of(raw.a), da, terms);
+    add_product(dw, sums.sum_after(), to_second(to_operand(terms[0], terms[1])));
   }
-  Accumulator overlap[2] = {};  // S0^T D
   {
-    Accumulator dk_state[2] = {}, db_state[2] = {}, terms[2] = {};
-#pragma unroll 2
+    Accumulator overlap[2] = {};  // S0^T D
+#pragma unroll 1
     for (int step = 0; step < STEPS; ++step) {
       OperandA left;
       OperandB right;
       load<ROW>(&shared.d[16 * step][key], right);
       load<ROW>(&shared.v[at * TOKENS][16 * step], left);
-      add_product(dk_state, rounded(left), right);
+      add_product(dk, rounded(left), right);
       load_transposed<PADDED>(&u_of(chunk)[16 * step][0], left);
-      add_product(db_state, left, right);
-      load_transposed<ROW>(&shared.state[16 * step][key], left);
+      add_product(db, left, right);
+      load_transposed<ROW>(&state_of(shared, at)[16 * step][key], left);
       add_product(overlap, left, right);
     }
-    __syncthreads();  // the readers of the chunk's tensors and of the states are done
-    if (before >= 0) fetch_chunk(args, tokens, before, shared, at);
-    exp2_of_sums(sums_of(AFTER), decays.log_d, factors);
-    scale(dk_state, factors);
-    scale(db_state, factors);
-    add_overlap(loaded.k, dk_state, terms);
-    add_overlap(loaded.b, db_state, terms);
-    add_product(dw, sums_of(BEFORE), split(terms));
-    add(dk_state, dk);
-    store_pairs(dk, args.dk, place, stride, valid);
-    add(db_state, db);
-    store_pairs(db, args.db, place, stride, valid);
-  }
-  float through[2][2];
-  diagonal(overlap, through);
+    exp2_of_sums(sums.sum_after(), decays.log_d, factors);
+    scale(dk, factors);
+    scale(db, factors);
+    Accumulator terms[2] = {};
+    add_overlap(rows_of(raw.k), dk, terms);
+    add_overlap(rows_of(raw.b), db, terms);
+    add_product(dw, sums.sum_before(), to_second(to_operand(terms[0], terms[1])));
+    float through[2][2];
+    diagonal(overlap, through);
 #pragma unroll
-  for (int tile = 0; tile < 2; ++tile) {
-    const float2 total =
-        *reinterpret_cast<const float2*>(&chunk.total[key + 8 * tile + 2 * q]);
+    for (int tile = 0; tile < 2; ++tile) {
+      const float2 total = *reinterpret_cast<const float2*>(&chunk.total[key + 8 * tile + 2 * q]);
 #pragma unroll
-    for (int x = 0; x < 4; ++x) {
-      const float crossed = dw[tile][x] + (x % 2 ? total.y : total.x) * through[tile][x % 2];
-      dw[tile][x] = crossed * decay_slope<DECAY>(log_d[tile][x]);
+      for (int x = 0; x < 4; ++x)
+        dw[tile][x] += (x % 2 ? total.y : total.x) * through[tile][x % 2];
     }
+  }
+
+  // In the triangles. What crosses a token: rows at or after it (a: after it alone) from columns
+  // before it. What does not cross cancels, as these are the very products.
+  Accumulator to_middle[2], crossing[2] = {}, own[2] = {};
+  OperandA r, k, a, b;
+  {
+    exp2_of_sums(sums.from_middle(), decays.bounded, factors, to_middle);
+    const OperandA columns = to_operand<stored>(to_middle[0], to_middle[1]);
+    k = times(rows_of(raw.k), columns), b = times(rows_of(raw.b), columns);
+    const OperandB second_k = to_second(k), second_b = to_second(b);
+    {
+      Accumulator sum[2] = {};
+      r = times(rows_of(raw.r), to_operand<stored>(factors[0], factors[1]));
+      add_rows(sum, triangle_of(chunk, QB), second_b);
+      add_rows(sum, triangle_of(chunk, QK), second_k);
+      add_overlap(r, sum, crossing);
+      scale_and_add(sum, factors, dr);
+      store_pairs(sum, args.dr, place, stride, valid);
+    }
+    {
+      Accumulator sum[2] = {};
+      exp2_of_sums(sums.from_middle_before(), decays.bounded, factors);
+      a = times(rows_of(raw.a), to_operand<stored>(factors[0], factors[1]));
+      __syncthreads();  // the readers of the chunk's tensors and of the states are done
+      if (before >= 0) fetch_chunk(args, tokens, before, shared, at);
+      add_rows(sum, triangle_of(chunk, AB), second_b);
+      add_rows(sum, triangle_of(chunk, AK), second_k);
+      add_overlap(a, sum, own);
+      scale_and_add(sum, factors, da);
+      store_pairs(sum, args.da, place, stride, valid);
+    }
+  }
+  const OperandB second_r = to_second(r), second_a = to_second(a);
+  {
+    Accumulator sum[2] = {};
+    add_columns(sum, triangle_of(chunk, QK), second_r);
+    add_columns(sum, triangle_of(chunk, AK), second_a);
+    add_overlap<true>(k, sum, crossing);
+    scale_and_add(sum, to_middle, dk);
+    store_pairs(sum, args.dk, place, stride, valid);
+  }
+  {
+    Accumulator sum[2] = {};
+    add_columns(sum, triangle_of(chunk, QB), second_r);
+    add_columns(sum, triangle_of(chunk, AB), second_a);
+    add_overlap<true>(b, sum, crossing);
+    scale_and_add(sum, to_middle, db);
+    store_pairs(sum, args.db, place, stride, valid);
+  }
+  Accumulator log_d[2] = {};
+  add_product(log_d, sums.same(), decays.log_d);
+#pragma unroll
+  for (int tile = 0; tile < 2; ++tile)
+#pragma unroll
+    for (int odd = 0; odd < 2; ++odd) {
+      float upper = crossing[tile][odd] + own[tile][odd],
+            lower = crossing[tile][2 + odd] + own[tile][2 + odd];
+      running_sum_back(upper, lower);
+      crossing[tile][odd] = upper - own[tile][odd];
+      crossing[tile][2 + odd] = lower - own[tile][2 + odd];
+    }
+#pragma unroll
+  for (int x = 0; x < 8; ++x) {
+    const float log = log_d[x / 4][x % 4];
+    // The triangles have the bounded decay; what crosses this token has its own in truth.
+    const float ratio = BOUNDED ? 1.0f : exp2_fast(fminf(log - STRONGEST, 0.0f));
+    float& sum = dw[x / 4][x % 4];
+    sum = fmaf(crossing[x / 4][x % 4], ratio, sum) * decay_slope<DECAY>(log);
   }
   if (is_wide(args.dw_dtype)) {
     store_wide_pairs(dw, args.dw, place, stride, valid);
@@ -277,17 +291,16 @@ __device__ __forceinline__ float4* handed_over(const Arguments& args, int64_t in
 // each begins with D as the turn before left it, which is not to be waited for if it is the same
 // block's. Turns are given out in their order, so that one that is waited for is under way.
 struct Turns {
-  int spans, count;  // of a turn; of all
+  int spans, count, heads;  // of a turn; of all, which are turn * heads + head of a sequence
 };
 __device__ __forceinline__ int* turns_done(const Arguments& args, int64_t index) {
   return static_cast<int*>(args.turns) + 1 + index;
 }
 __device__ __forceinline__ int take_turn(const Arguments& args, Shared& shared) {
+  __syncthreads();  // every thread is done with the last one
   if (threadIdx.x == 0) shared.ticket = atomicAdd(static_cast<int*>(args.turns), 1);
   __syncthreads();
-  const int ticket = shared.ticket;
-  __syncthreads();  // every thread has read it
-  return ticket;
+  return shared.ticket;
 }
 __device__ __forceinline__ void take_over(const Arguments& args, int64_t index, int turn,
                                           State& d) {
@@ -304,10 +317,18 @@ __device__ __forceinline__ void take_over(const Arguments& args, int64_t index, 
   for (int tile = 0; tile < 2 * STEPS; ++tile)
     get(__ldcg(from + tile * 32), d[tile / 2][tile % 2]);
 }
-__device__ __forceinline__ void hand_over(const Arguments& args, int64_t index, const State& d) {
+// Takes D through a turn's last span ahead of its gradients, as another block may wait for it.
+__device__ __forceinline__ void hand_over(const Arguments& args, int64_t index,
+                                          const Shared& shared, int chunks, const State& d) {
+  State ahead;
+#pragma unroll
+  for (int step = 0; step < STEPS; ++step)
+#pragma unroll
+    for (int at = 0; at < 8; ++at) ahead[step][at / 4][at % 4] = d[step][at / 4][at % 4];
+  for (int at = chunks - 1; at >= 0; --at) pass_back(shared, at, ahead);
   float4* to = handed_over(args, index);
 #pragma unroll
-  for (int tile = 0; tile < 2 * STEPS; ++tile) put(d[tile / 2][tile % 2], to[tile * 32]);
+  for (int tile = 0; tile < 2 * STEPS; ++tile) put(ahead[tile / 2][tile % 2], to[tile * 32]);
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) atomicAdd(turns_done(args, index), 1);
@@ -318,23 +339,24 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) backward_kernel(const Argumen
   extern __shared__ __align__(16) char shared_bytes[];
   Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
   const int own = threadIdx.x / 32 / PARTS;  // the chunk that this warp prepares
-  const int heads = static_cast<int>(args.S * args.H);
   for (int ticket; (ticket = take_turn(args, shared)) < turns.count;) {
-    const int index = ticket % heads, turn = ticket / heads;
-    const int64_t head = index % args.H;
+    const int index = ticket % turns.heads, turn = ticket / turns.heads;
     const Sequence sequence = find_sequence(args, index / args.H, SPAN);
-    const Tokens tokens = tokens_of(args, sequence, head);
+    const Tokens tokens = tokens_of(args, sequence, index % args.H);
     const int spans = (tokens.count + SPAN - 1) / SPAN - turn * turns.spans;
     if (spans <= 0 && turn > 0) continue;
-    const int begin = max(spans - turns.spans, 0) * SPAN;
-    for (int at = 0; at < CHUNKS && spans > 0; ++at)
-      fetch_chunk(args, tokens, (spans - 1) * SPAN, shared, at);
     State d;
-    if (spans <= 0) take_over(args, index, turn, d);
-    for (int first = (spans - 1) * SPAN; first >= begin; first -= SPAN) {
-      const int64_t checkpoint = (sequence.first_checkpoint + first / SPAN) * args.H + head;
+    if (spans <= 0) load_state(args.dfinal_state, index, d);
+    // Not in a register, which are short.
+    if (threadIdx.x == 0) shared.begin = max(spans - turns.spans, 0) * SPAN;
+    __syncthreads();
+    int first = (spans - 1) * SPAN;
+    int checkpoint = static_cast<int>((sequence.first_checkpoint + spans - 1) * args.H +
+                                      index % args.H);
+    for (int at = 0; at < CHUNKS && spans > 0; ++at) fetch_chunk(args, tokens, first, shared, at);
+    for (bool begun = false; first >= shared.begin; first -= SPAN, begun = true) {
       const int chunks = min(CHUNKS, (tokens.count - first + TOKENS - 1) / TOKENS);
-      const int before = first > begin ? first - SPAN : -1;
+      const int before = first > shared.begin ? first - SPAN : -1;
       copies_done();
       __syncthreads();  // the tensors are there
       prefetch_checkpoint(args, checkpoint);
@@ -343,25 +365,19 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) backward_kernel(const Argumen
                                      shared.chunks[own], shared.partials[own], [] {});
       __syncthreads();  // the chunks are there
       scan_forward_to(args, checkpoint, shared, chunks - 1);
-      if (first == (spans - 1) * SPAN) take_over(args, index, turn, d);
-      if (first == begin && begin > 0) {  // at once, as another block may wait for it
-        State ahead;
-#pragma unroll
-        for (int step = 0; step < STEPS; ++step)
-#pragma unroll
-          for (int at = 0; at < 8; ++at) ahead[step][at / 4][at % 4] = d[step][at / 4][at % 4];
-        for (int at = chunks - 1; at >= 0; --at) pass_back(shared, at, ahead);
-        hand_over(args, index, ahead);
-      }
+      if (!begun) take_over(args, shared.ticket % turns.heads, shared.ticket / turns.heads, d);
+      if (first == shared.begin && first > 0)
+        hand_over(args, shared.ticket % turns.heads, shared, chunks, d);
       for (int at = chunks - 1; at >= 0; --at) {
-        if (at < chunks - 1) scan_forward_to(args, checkpoint, shared, at);
+        if (STATES == 1 && at < chunks - 1) scan_forward_to(args, checkpoint, shared, at);
         chunk_gradients(args, tokens, first + at * TOKENS, before, shared, at, d);
       }
       // This span may have fewer chunks than the one before it.
       for (int at = chunks; at < CHUNKS && before >= 0; ++at)
         fetch_chunk(args, tokens, before, shared, at);
+      checkpoint -= static_cast<int>(args.H);
     }
-    if (begin == 0) store_state(d, args.dinitial_state, index);
+    if (shared.begin == 0) store_state(d, args.dinitial_state, shared.ticket % turns.heads);
   }
 }
 
@@ -382,5 +398,6 @@ RWKV_JIT_EXPORT int rwkv_jit_launch(const Arguments* args) {
       cudaMemsetAsync(args->turns, 0, (heads + 1) * sizeof(int), stream);
   if (error != cudaSuccess) return error;
   return launch<Shared>(backward_kernel, *args, std::min(count, at_once),
-                        Turns{static_cast<int>(turn_spans), static_cast<int>(count)});
+                        Turns{static_cast<int>(turn_spans), static_cast<int>(count),
+                              static_cast<int>(heads)});
 }

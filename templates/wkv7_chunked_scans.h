@@ -4,6 +4,8 @@ namespace {
 using namespace rwkv_jit;
 
 static_assert(WARPS == STATE_WARPS && WARPS == CHUNKS * PARTS);
+// States that are kept of a span. Where blocks share a multiprocessor there is place for one.
+constexpr int STATES = BLOCKS == 1 ? CHUNKS : 1;
 
 struct Shared {
   Chunk chunks[CHUNKS];
@@ -12,11 +14,16 @@ struct Shared {
   union {
     Partials partials[CHUNKS];  // until the chunks are prepared
     struct {
-      StateRows state, d;  // before the chunk whose gradients are worked out, and after it
+      StateRows states[STATES], d;  // before chunks, and after the one that is worked on
     };
   };
-  int ticket;
+  int ticket, begin;  // of the turn: its number, and its first token
 };
+
+// The state before a chunk.
+__device__ __forceinline__ StateRows& state_of(Shared& shared, int at) {
+  return shared.states[at % STATES];
+}
 
 // What a chunk's gradients need takes the place of its W, R', K'' and B^, which then are done with:
 // U and dX, [value, token], and the triangles' gradients.
@@ -51,13 +58,13 @@ __device__ __forceinline__ void scan_forward(Shared& shared, int at, State& stat
 }
 
 // U of this warp's values, from the state before the chunk.
-__device__ __forceinline__ void make_u(const Shared& shared, int at, Accumulator (&u)[2]) {
+__device__ __forceinline__ void make_u(Shared& shared, int at, Accumulator (&u)[2]) {
   const Chunk& chunk = shared.chunks[at];
   OperandA left;
   OperandB right;
 #pragma unroll
   for (int step = 0; step < STEPS; ++step) {
-    load<ROW>(&shared.state[own_value()][16 * step], left);
+    load<ROW>(&state_of(shared, at)[own_value()][16 * step], left);
     load_transposed<ROW>(&chunk.w[0][16 * step], right);
     add_product(u, left, right);
   }
@@ -110,14 +117,17 @@ __device__ __forceinline__ void scan_backward(const Arguments& args, const Token
   add_product(dx, to_operand(e[0], e[1]), right);
 }
 
-// The state before a chunk of the span, to shared memory.
+// The state before a chunk of the span, to shared memory, with those before it that have a place.
 __device__ __forceinline__ void scan_forward_to(const Arguments& args, int64_t checkpoint,
                                                 Shared& shared, int at) {
   State state;
   load_checkpoint(args, checkpoint, state);
-  for (int before = 0; before < at; ++before) scan_forward(shared, before, state);
-  store_state_rows(state, shared.state);
-  __syncwarp();  // the warp's rows of the state are there
+  for (int before = 0; before < at; ++before) {
+    if (STATES > 1) store_state_rows(state, state_of(shared, before));
+    scan_forward(shared, before, state);
+  }
+  store_state_rows(state, state_of(shared, at));
+  __syncwarp();  // the warp's rows are there
 }
 
 }  // namespace

@@ -107,70 +107,59 @@ __device__ __forceinline__ Split split(const Accumulator (&values)[2]) {
   return {to_second(high), to_second(to_operand(rest[0], rest[1]))};
 }
 
-// Matrices [16 x 16] of 0 and 1 (or -1) that sum over a chunk's tokens: row t is a sum over tokens s.
-enum TokenSum {
-  UP_TO,               // s <= t
-  BEFORE,              // s < t
-  BEFORE_AND_ALL,      // the same; the first row, whose sum is nothing, has that of all tokens
-  AFTER,               // s > t
-  FROM_MIDDLE,         // from the chunk's middle up to t, or less what follows t before the middle
-  FROM_MIDDLE_BEFORE,  // the same before t
-  HALVES,              // of t's half of the chunk
-  SAME,                // of t alone
-  TOKEN_SUMS
-};
+// Matrices [16 x 16] of 0 and 1 (or -1) that sum over a chunk's tokens: row t is the sum over
+// tokens s.
+struct TokenSums {
+  Packed up_to, before, from, after;  // s <= t, s < t, s >= t, s > t within eight tokens
 
-constexpr int entry_of(TokenSum which, int t, int s) {
-  const bool same_half = t / 8 == s / 8;
-  switch (which) {
-    case UP_TO: return s <= t;
-    case BEFORE: return s < t;
-    case BEFORE_AND_ALL: return s < t || t == 0;
-    case AFTER: return s > t;
-    case FROM_MIDDLE: return !same_half ? 0 : t < 8 ? -(s > t) : s <= t;
-    case FROM_MIDDLE_BEFORE: return !same_half ? 0 : t < 8 ? -(s >= t) : s < t;
-    case HALVES: return same_half;
-    default: return s == t;
+  __device__ __forceinline__ TokenSums() {
+    const int g = threadIdx.x % 32 / 4, x = threadIdx.x % 4 * 2, y = x + 1;
+    up_to = ones(x <= g, y <= g);
+    before = ones(x < g, y < g);
+    from = ones(x >= g, y >= g);
+    after = ones(x > g, y > g);
   }
-}
 
-// They lie in memory as the lanes hold them, since to make one takes more instructions than to
-// read it.
-struct TokenSumTable {
-  static constexpr int WORDS = sizeof(OperandA) / 4;
-  uint32_t words[TOKEN_SUMS][32][WORDS];
+  // The matrix of 1 that changes nothing.
+  __device__ __forceinline__ OperandA same() const {
+    const Packed own = less(up_to, before);
+    return {own, {}, {}, own};
+  }
+  __device__ __forceinline__ OperandA sum_up_to() const { return {up_to, all(), {}, up_to}; }
+  __device__ __forceinline__ OperandA sum_before() const { return {before, all(), {}, before}; }
+  // The first row, whose sum before it is nothing, has the sum of all tokens instead.
+  __device__ __forceinline__ OperandA sum_before_and_all() const {
+    const bool first = threadIdx.x % 32 < 4;
+    return {first ? all() : before, all(), first ? all() : Packed{}, before};
+  }
+  __device__ __forceinline__ OperandA sum_after() const { return {after, {}, all(), after}; }
+  // Rows 0..7 are the sum over the chunk's first half, rows 8..15 over its second.
+  __device__ __forceinline__ OperandA halves() const { return {all(), {}, {}, all()}; }
+  // From the chunk's middle up to t: what follows t is taken off where t lies before it.
+  __device__ __forceinline__ OperandA from_middle() const { return {minus(after), {}, {}, up_to}; }
+  __device__ __forceinline__ OperandA from_middle_before() const {
+    return {minus(from), {}, {}, before};
+  }
+
+ private:
+  // A matrix less another of some of its ones, and less all of them; -0 is as good as 0.
+  static __device__ __forceinline__ uint32_t less(uint32_t x, uint32_t y) { return x ^ y; }
+  static __device__ __forceinline__ float2 less(float2 x, float2 y) {
+    return {x.x - y.x, x.y - y.y};
+  }
+  static __device__ __forceinline__ uint32_t minus(uint32_t x) { return x ^ 0x80008000u; }
+  static __device__ __forceinline__ float2 minus(float2 x) { return {-x.x, -x.y}; }
+  static __device__ __forceinline__ Packed all() { return ones(true, true); }
+  template <typename Pair = Packed>
+  static __device__ __forceinline__ Pair ones(bool low, bool high) {
+    if constexpr (std::is_same_v<Pair, float2>) {
+      return {low ? 1.0f : 0.0f, high ? 1.0f : 0.0f};
+    } else {
+      constexpr uint32_t ONE = IS_FP16 ? 0x3c00u : 0x3f80u;
+      return (low ? ONE : 0u) | (high ? ONE << 16 : 0u);
+    }
+  }
 };
-constexpr TokenSumTable make_token_sums() {
-  TokenSumTable table = {};
-  for (int which = 0; which < TOKEN_SUMS; ++which)
-    for (int lane = 0; lane < 32; ++lane)
-      for (int at = 0; at < 8; ++at) {  // pairs: (row, left), (row + 8, left), and right ones
-        const int entry = entry_of(static_cast<TokenSum>(which), lane / 4 + at / 2 % 2 * 8,
-                                   lane % 4 * 2 + at % 2 + at / 4 * 8);
-        const uint32_t bits = entry == 0 ? 0 : (IS_FP16 ? 0x3c00u : 0x3f80u) | (entry < 0) << 15;
-        uint32_t (&words)[TokenSumTable::WORDS] = table.words[which][lane];
-        if (IS_FP32) {
-          words[at] = bits << 16;
-        } else {
-          words[at / 2] |= bits << at % 2 * 16;
-        }
-      }
-  return table;
-}
-__device__ __forceinline__ void read_words(const uint32_t* from, uint32_t (&to)[4]) {
-  const uint4 four = __ldg(reinterpret_cast<const uint4*>(from));
-  to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
-}
-__device__ __forceinline__ void read_words(const uint32_t* from, float2 (&to)[4]) {
-#pragma unroll
-  for (int at = 0; at < 4; ++at) to[at] = __ldg(reinterpret_cast<const float2*>(from) + at);
-}
-__device__ __forceinline__ OperandA sums_of(TokenSum which) {
-  alignas(16) static constexpr TokenSumTable TABLE = make_token_sums();
-  OperandA matrix;
-  read_words(TABLE.words[which][threadIdx.x % 32], matrix.at);
-  return matrix;
-}
 
 __device__ __forceinline__ void add_product(Accumulator (&sum)[2], const OperandA& a,
                                             const OperandB& b) {

@@ -56,6 +56,16 @@ __device__ __forceinline__ Packed pack(float low, float high) {
   return IS_FP32 ? stored(to_tf32(low), to_tf32(high)) : stored(low, high);
 }
 
+// x y, elementwise.
+__device__ __forceinline__ float2 times(float2 x, float2 y) {
+  return make_float2(to_tf32(x.x * y.x), to_tf32(x.y * y.y));
+}
+__device__ __forceinline__ uint32_t times(uint32_t x, uint32_t y) {
+  using Two = std::conditional_t<IS_FP16, __half2, __nv_bfloat162>;
+  const Two product = __hmul2(reinterpret_cast<const Two&>(x), reinterpret_cast<const Two&>(y));
+  return reinterpret_cast<const uint32_t&>(product);
+}
+
 // sum += a b: with a first operand and one tile of a second.
 __device__ __forceinline__ void mma(Accumulator& sum, const uint32_t (&a)[4], uint32_t b_upper,
                                     uint32_t b_lower) {
@@ -118,6 +128,11 @@ template <Packed (*PAIR)(float, float) = pack>
 __device__ __forceinline__ OperandA to_operand(const Accumulator& left, const Accumulator& right) {
   return {PAIR(left[0], left[1]), PAIR(left[2], left[3]), PAIR(right[0], right[1]),
           PAIR(right[2], right[3])};
+}
+
+__device__ __forceinline__ OperandA times(const OperandA& x, const OperandA& y) {
+  return {times(x.at[0], y.at[0]), times(x.at[1], y.at[1]), times(x.at[2], y.at[2]),
+          times(x.at[3], y.at[3])};
 }
 
 // Pairs of a tensor as a product takes them.

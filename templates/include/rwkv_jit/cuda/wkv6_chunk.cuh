@@ -56,13 +56,13 @@ class TokenFactors {
 
   // P- with, in the place of the first token's, P_L.
   __device__ __forceinline__ void before_and_all(Accumulator (&to)[2]) const {
-    exp2_of_sums(sums_of(BEFORE_AND_ALL), log2_d_, to);
+    exp2_of_sums(TokenSums().sum_before_and_all(), log2_d_, to);
   }
   __device__ __forceinline__ void before(Accumulator (&to)[2]) const {
-    exp2_of_sums(sums_of(BEFORE), log2_d_, to);
+    exp2_of_sums(TokenSums().sum_before(), log2_d_, to);
   }
   __device__ __forceinline__ void after(Accumulator (&to)[2]) const {
-    exp2_of_sums(sums_of(AFTER), log2_d_, to);
+    exp2_of_sums(TokenSums().sum_after(), log2_d_, to);
   }
   __device__ __forceinline__ void of_triangle(Accumulator (&rows)[2],
                                               Accumulator (&columns)[2]) const {
@@ -74,13 +74,13 @@ class TokenFactors {
     }
     bound(bounded);
     const Split parts = split(bounded);
-    exp2_of_sums(sums_of(FROM_MIDDLE_BEFORE), parts, rows);
-    exp2_of_sums<true>(sums_of(FROM_MIDDLE), parts, columns);
+    exp2_of_sums(TokenSums().from_middle_before(), parts, rows);
+    exp2_of_sums<true>(TokenSums().from_middle(), parts, columns);
   }
   __device__ __forceinline__ void log2_decays(Accumulator (&to)[2]) const {
     to[0][0] = to[0][1] = to[0][2] = to[0][3] = 0.0f;
     to[1][0] = to[1][1] = to[1][2] = to[1][3] = 0.0f;
-    add_product(to, sums_of(SAME), log2_d_);
+    add_product(to, TokenSums().same(), log2_d_);
   }
 
  private:

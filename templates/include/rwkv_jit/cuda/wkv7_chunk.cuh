@@ -32,6 +32,26 @@ __device__ __forceinline__ void fetch(const Args& args, const Tokens& tokens, in
   fetch_rows<TOKENS, THREADS>(args.k, tokens, first, thread, raw.k);
 }
 
+// log2 of the decay factors of sixteen of a chunk's channels, in the order of operand_token; 0 for
+// tokens that are not there.
+template <DecayKind KIND, bool BOUNDED, typename Args>
+__device__ __forceinline__ void load_log2_decays(const Args& args, const Tokens& tokens, int first,
+                                                 int channel, const Raw& raw, float (&log_d)[8]) {
+  if (is_wide(args.w_dtype)) {
+    load_wide_decay(args.w, tokens, first, channel, log_d);
+  } else {
+    OperandB pairs;
+    load<ROW>(&raw.w[0][channel], pairs);
+#pragma unroll
+    for (int at = 0; at < 8; ++at)
+      log_d[at] = at % 2 ? high_of(pairs.at[at / 2]) : low_of(pairs.at[at / 2]);
+  }
+#pragma unroll
+  for (int at = 0; at < 8; ++at)
+    log_d[at] =
+        first + operand_token(at) < tokens.count ? log2_decay<KIND, BOUNDED>(log_d[at]) : 0.0f;
+}
+
 constexpr int SOLVED = IS_FP32 ? 20 : TOKENS;  // columns of T and G in shared memory
 
 struct Chunk {
@@ -202,6 +222,7 @@ __device__ __forceinline__ void prepare(const Args& args, const Tokens& tokens, 
   constexpr int PART_STEPS = CHANNELS / 16 / PARTS, OWN = TRIANGLES / PARTS;
   const int part = threadIdx.x / 32 % PARTS, first_channel = part * PART_STEPS * 16;
   const auto has = [part](Triangle which) { return part == which / OWN; };
+  const TokenSums sums;
   Accumulator triangles[TRIANGLES][2] = {};
   // The second tiles of r P and K^; see keep_rows.
   Accumulator state_r[PART_STEPS], state_k[PART_STEPS];
@@ -210,31 +231,19 @@ __device__ __forceinline__ void prepare(const Args& args, const Tokens& tokens, 
   for (int step = 0; step < PART_STEPS; ++step) {
     const int channel = first_channel + 16 * step;
     float log_d[8];
-    if (is_wide(args.w_dtype)) {
-      load_wide_decay(args.w, tokens, first, channel, log_d);
-    } else {
-      OperandB pairs;
-      load<ROW>(&raw.w[0][channel], pairs);
-#pragma unroll
-      for (int at = 0; at < 8; ++at)
-        log_d[at] = at % 2 ? high_of(pairs.at[at / 2]) : low_of(pairs.at[at / 2]);
-    }
-#pragma unroll
-    for (int at = 0; at < 8; ++at)
-      log_d[at] =
-          first + operand_token(at) < tokens.count ? log2_decay<KIND, BOUNDED>(log_d[at]) : 0.0f;
+    load_log2_decays<KIND, BOUNDED>(args, tokens, first, channel, raw, log_d);
     const Decays decays = decays_of<KIND, BOUNDED>(log_d);
 
     OperandA a, r;
     Accumulator inside[2], inverse[2], factors[2], halves[2];
-    if constexpr (BOUNDED) exp2_of_sums(sums_of(HALVES), decays.log_d, halves);
+    if constexpr (BOUNDED) exp2_of_sums(sums.halves(), decays.log_d, halves);
     load<ROW>(&raw.a[0][channel], a);
-    factors_of<BOUNDED>(sums_of(BEFORE), sums_of(FROM_MIDDLE_BEFORE), decays, halves, factors,
+    factors_of<BOUNDED>(sums.sum_before(), sums.from_middle_before(), decays, halves, factors,
                         inside);
     store_rows(scaled(a, factors), &chunk.w[0][channel]);
     a = scaled(a, inside);
     load<ROW>(&raw.r[0][channel], r);
-    factors_of<BOUNDED>(sums_of(UP_TO), sums_of(FROM_MIDDLE), decays, halves, factors, inside,
+    factors_of<BOUNDED>(sums.sum_up_to(), sums.from_middle(), decays, halves, factors, inside,
                         inverse);
     keep_rows(r, factors, &chunk.r[0][channel], state_r[step]);
     if (g == 7) {
@@ -251,7 +260,7 @@ __device__ __forceinline__ void prepare(const Args& args, const Tokens& tokens, 
     if constexpr (BOUNDED) {
       scale_by_half<1>(inverse, halves, factors);
     } else {
-      exp2_of_sums(sums_of(AFTER), decays.log_d, factors);
+      exp2_of_sums(sums.sum_after(), decays.log_d, factors);
     }
     store_rows(scaled(b, factors), &chunk.b[0][channel]);
     keep_rows(to_first(k), factors, &chunk.k[0][channel], state_k[step]);
