@@ -35,9 +35,7 @@ def dtype_of(rule: str, config: OpConfig, tensors: Tensors) -> torch.dtype:
         return TORCH_DTYPES[config.dtype]
     if rule == "state":
         return TORCH_DTYPES[config.state_dtype]
-    if rule == "checkpoint" and config.checkpoint_dtype != "accumulator":
-        return TORCH_DTYPES[config.checkpoint_dtype]
-    if rule in ("accumulator", "checkpoint"):
+    if rule == "accumulator":
         return TORCH_DTYPES[default_state_dtype(config.dtype)]
     if rule.startswith("like:"):
         like = tensors[rule.removeprefix("like:")]

@@ -159,6 +159,8 @@ def _plan(name: str, slug: str, entry_name: str) -> _Plan:
 
     def made(tensor: TensorSpec) -> _Made:
         rule = tensor.dtype[0]
+        if rule == "checkpoint":
+            rule = spec.checkpoint_dtype(config)
         like = rule.removeprefix("like:") if rule.startswith("like:") else None
         dtype = like or dtype_of(rule, config, {})
         return _Made(tensor.name, tensor.shape, dtype, tensor.only_with)

@@ -12,8 +12,9 @@ from .errors import ConfigError
 DTYPES = ("bf16", "fp16", "fp32", "fp64")
 DECAYS = ("loglog", "logit", "log", "factor")
 STATE_LAYOUTS = ("vk", "kv")
-# The states that the forward keeps for the backward: in the dtype that is computed in, or rounded.
-CHECKPOINT_DTYPES = ("accumulator", "bf16")
+# The states that the forward keeps for the backward: as the kernels would have it, in the dtype that
+# is computed in, or rounded.
+CHECKPOINT_DTYPES = ("auto", "accumulator", "bf16")
 # What results are computed to: float32's own, or with operands of products rounded to tf32.
 PRECISIONS = ("float32", "tf32")
 ENTRIES = ("forward", "backward", "decode", "prefill")
@@ -28,7 +29,7 @@ _SLUG = re.compile(
     r"_(?P<dtype>bf16|fp16|fp32|fp64)(?:_l(?P<chunk_length>\d+))?"
     r"_(?P<arch>sm\d+[af]?|x86_64_v\d|aarch64)"
     r"(?:_(?P<decay>logit|log|factor))?(?:_s(?P<state_dtype>bf16|fp16|fp32|fp64))?(?P<layout>_kv)?"
-    r"(?:_c(?P<checkpoint_dtype>bf16))?(?:_(?P<precision>tf32))?(?P<bounded>_bounded)?",
+    r"(?:_c(?P<checkpoint_dtype>accumulator|bf16))?(?:_(?P<precision>tf32))?(?P<bounded>_bounded)?",
     # Digits of other scripts are no part of an identifier.
     re.ASCII,
 )
@@ -67,7 +68,7 @@ class OpConfig:
     decay: str = "loglog"
     state_dtype: str = "fp32"
     state_layout: str = "vk"
-    checkpoint_dtype: str = "accumulator"
+    checkpoint_dtype: str = "auto"
     precision: str = "float32"
     bounded: bool = False
 
@@ -99,7 +100,7 @@ class OpConfig:
             "" if self.decay == "loglog" else f"_{self.decay}",
             "" if self.state_dtype == default_state_dtype(self.dtype) else f"_s{self.state_dtype}",
             "" if self.state_layout == "vk" else f"_{self.state_layout}",
-            "" if self.checkpoint_dtype == "accumulator" else f"_c{self.checkpoint_dtype}",
+            "" if self.checkpoint_dtype == "auto" else f"_c{self.checkpoint_dtype}",
             "" if self.precision == "float32" else f"_{self.precision}",
             "_bounded" if self.bounded else "",
         ]
@@ -132,7 +133,7 @@ class OpConfig:
             decay=match["decay"] or "loglog",
             state_dtype=match["state_dtype"] or default_state_dtype(match["dtype"]),
             state_layout="kv" if match["layout"] else "vk",
-            checkpoint_dtype=match["checkpoint_dtype"] or "accumulator",
+            checkpoint_dtype=match["checkpoint_dtype"] or "auto",
             precision=match["precision"] or "float32",
             bounded=match["bounded"] is not None,
         )

@@ -109,7 +109,7 @@ class Op:
 
     def _kept_bytes(self) -> float:
         """Of checkpoints, where a sequence is long; a short one has one more than whole spans."""
-        dtype = dtype_of("checkpoint", self.config, {})
+        dtype = dtype_of(self._spec.checkpoint_dtype(self.config), self.config, {})
         spacing = self._spec.checkpoint_spacing(self.config, "forward")
         if not spacing:
             return 0.0

@@ -131,8 +131,9 @@ def get_op(
     state_dtype: of the states passed in and out; None is float32 (float64 for float64).
     state_layout: order of a state's last axes: "vk" (value, key) or "kv".
     checkpoint_dtype: of the states that the forward keeps for the backward, which `op.info()`
-        counts; None is float32 (float64 for float64). bfloat16, for tensor-core kernels, halves
-        their memory and rounds what the gradients are made of once more.
+        counts. float32 (float64 for float64), or bfloat16, for bfloat16 on tensor cores, which
+        halves their memory and rounds what some gradients are made of once more. None is bfloat16
+        for wkv7 where that is possible, and float32 else.
     precision: what float32 operators may round operands of products to: "float32", nothing, or
         "tf32", ten bits of mantissa, for which wkv7 and wkv7_prefill have kernels on tensor cores
         (head size 64, compute capability 8.0, 9.0 and 10.0). It is permission, no demand: where no
@@ -196,7 +197,7 @@ def _get_op(
         decay=decay,
         state_dtype=default_state_dtype(short) if state_dtype is None else dtype_name(state_dtype),
         state_layout=state_layout,
-        checkpoint_dtype="accumulator" if kept in (None, default_state_dtype(short)) else kept,
+        checkpoint_dtype="accumulator" if kept == default_state_dtype(short) else kept or "auto",
         precision=precision,
         bounded=is_bounded(name, short, lower_bound),
     )

@@ -81,7 +81,7 @@ class KernelVariant:
     shared_bytes: shared memory of a block; architectures whose blocks have less are not served.
     checkpoint_tokens: tokens between two state checkpoints; 0 is the chunk length. The forward and
         backward variants of a configuration have the same.
-    checkpoint_dtypes: what those may be stored in.
+    checkpoint_dtypes: what those may be stored in, first what they are if none is chosen.
     uses_bound: whether it is another kernel where decays are declared to be bounded.
     needs_bound: whether it is for bounded decays alone.
     needs_tf32: whether it rounds operands of products to tf32, for which it must be allowed to.
@@ -101,6 +101,11 @@ class KernelVariant:
     uses_bound: bool = False
     needs_bound: bool = False
     needs_tf32: bool = False
+
+    def checkpoint_dtype(self, config: OpConfig) -> str:
+        """What state checkpoints are stored in, "accumulator" or "bf16"."""
+        chosen = config.checkpoint_dtype
+        return self.checkpoint_dtypes[0] if chosen == "auto" else chosen
 
     def runs_on(self, arch: str) -> bool:
         """Whether this variant's kernel runs on `arch`."""
@@ -159,7 +164,7 @@ class OpSpec:
                 config.head_size in variant.head_sizes
                 and config.dtype in variant.dtypes
                 and config.chunk_length in variant.chunk_lengths
-                and config.checkpoint_dtype in variant.checkpoint_dtypes
+                and config.checkpoint_dtype in ("auto", *variant.checkpoint_dtypes)
                 and (config.decays_are_bounded or not variant.needs_bound)
                 and (config.precision == "tf32" or not variant.needs_tf32)
             ):
@@ -211,8 +216,13 @@ class OpSpec:
         return replace(plain, **{name: getattr(config, name) for name in self.knobs})
 
     def without_idle(self, config: OpConfig) -> OpConfig:
-        """`config` less what is allowed or declared but makes no other kernel: tf32 where none
-        rounds to it, bounds where none uses them or with "logit", which is bounded as it is."""
+        """`config` less what is chosen, allowed or declared but makes no other kernel: checkpoints
+        as they are anyway, tf32 where none rounds to it, bounds where none uses them or with
+        "logit", which is bounded as it is."""
+        if config.checkpoint_dtype != "auto" and "checkpoint_dtype" in self.knobs:
+            usual = self.variant(config, "forward").checkpoint_dtypes[0]
+            if config.checkpoint_dtype == usual:
+                config = replace(config, checkpoint_dtype="auto")
         if config.precision == "tf32" and "precision" in self.knobs:
             used = any(self.variant(config, entry).needs_tf32 for entry in self.entries)
             config = replace(config, precision="tf32" if used else "float32")
@@ -224,6 +234,10 @@ class OpSpec:
     def checkpoint_spacing(self, config: OpConfig, entry: str) -> int:
         """Tokens between two state checkpoints."""
         return self.variant(config, entry).checkpoint_tokens or config.chunk_length
+
+    def checkpoint_dtype(self, config: OpConfig) -> str:
+        """What those are stored in, "accumulator" or "bf16"."""
+        return self.variant(config, "forward").checkpoint_dtype(config)
 
     def _refusal(self, config: OpConfig, here: list[KernelVariant]) -> str:
         shown = f"sm_{config.arch[2:]}" if is_cuda(config.arch) else config.arch

@@ -214,7 +214,7 @@ def warm_command(config: OpConfig) -> str:
         options.append(f"--state-dtype {config.state_dtype}")
     if config.state_layout != "vk":
         options.append(f"--state-layout {config.state_layout}")
-    if config.checkpoint_dtype != "accumulator":
+    if config.checkpoint_dtype != "auto":
         options.append(f"--checkpoint-dtype {config.checkpoint_dtype}")
     if config.precision != "float32":
         options.append(f"--precision {config.precision}")

@@ -136,7 +136,7 @@ def _combinations(choices: Choices, op: str) -> Iterator[OpConfig]:
         choices.chunk_lengths or (DEFAULT_CHUNK_LENGTH,),
         choices.decays or ("loglog",),
         choices.state_layouts or ("vk",),
-        choices.checkpoint_dtypes or ("accumulator",),
+        choices.checkpoint_dtypes or ("auto",),
     ):
         for dtype in choices.dtypes or ("bf16" if is_cuda(arch) else "fp32",):
             for state_dtype in choices.state_dtypes or (default_state_dtype(dtype),):

@@ -59,7 +59,7 @@ def warm(
             help=f"Of the states kept for the backward, of {', '.join(CHECKPOINT_DTYPES)}.",
             metavar="LIST",
         ),
-    ] = "accumulator",
+    ] = "auto",
     precision: PrecisionOption = "float32",
     lower_bound: LowerBoundOption = None,
     entry: EntryOption = "",

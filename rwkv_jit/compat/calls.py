@@ -161,5 +161,5 @@ class _Call:
         sizes = entry_sizes(self._spec.called, spacing, self._given.tokens)
         shape = (sizes["K"], sizes["H"], sizes["N"], sizes["N"])
         begin = s.view(-1)[: math.prod(shape)]
-        dtype = dtype_of("checkpoint", self._op.config, {})
+        dtype = dtype_of(self._spec.checkpoint_dtype(self._op.config), self._op.config, {})
         return begin.view(shape) if self._takes(begin, math.prod(shape), dtype) else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from ..config import CHECKPOINT_DTYPES, OpConfig
+from ..config import OpConfig
 from ..spec import KernelVariant, TensorSpec
 from .tensors import ORDER
 
@@ -48,6 +48,7 @@ class Chunked:
         *,
         dtype: str = "bf16",
         uses_bound: bool = False,
+        rounds_checkpoints: bool = False,
     ) -> tuple[KernelVariant, KernelVariant]:
         """The variants of `<templates>_chunked_forward.cu` and `_chunked_backward.cu`.
 
@@ -55,7 +56,11 @@ class Chunked:
         backward_scratch: tensors that the backward launcher needs.
         dtype: bf16, fp16 for decays that are bounded, or fp32 where tf32 is precise enough.
         uses_bound: whether a declared bound of the decay makes other kernels.
+        rounds_checkpoints: whether checkpoints of bf16 are so themselves if none else are chosen.
         """
+        checkpoint_dtypes = ("bf16", "accumulator")
+        if not rounds_checkpoints:
+            checkpoint_dtypes = ("accumulator", "bf16")
         forward = KernelVariant(
             entry="forward",
             template=f"{templates}_chunked_forward.cu",
@@ -65,7 +70,7 @@ class Chunked:
             chunk_lengths=(16,),
             constants=lambda config: {
                 "checkpoint_tokens": self.span,
-                "rounded_checkpoints": int(config.checkpoint_dtype == "bf16"),
+                "rounded_checkpoints": int(forward.checkpoint_dtype(config) == "bf16"),
                 **self.forward.constants(),
                 **constants(config),
             },
@@ -73,7 +78,7 @@ class Chunked:
             # One limit for both: the entries share their checkpoints.
             shared_bytes=max(self.forward.shared_bytes, self.backward.shared_bytes),
             checkpoint_tokens=self.span,
-            checkpoint_dtypes=CHECKPOINT_DTYPES if dtype == "bf16" else ("accumulator",),
+            checkpoint_dtypes=checkpoint_dtypes if dtype == "bf16" else ("accumulator",),
             uses_bound=uses_bound,
             needs_bound=dtype == "fp16",
             needs_tf32=dtype == "fp32",

@@ -108,6 +108,7 @@ WKV7 = OpSpec(
                 (_HANDED_OVER, _TURNS),
                 dtype=dtype,
                 uses_bound=True,
+                rounds_checkpoints=True,
             )
         ),
         *recurrence_variants("wkv7", constants={}, cuda_scratch=(_PRODUCTS,)),
