@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 
 from .arch import display_arch
-from .config import OpConfig, default_state_dtype
+from .config import MOST_SHARED, OpConfig, default_state_dtype
 from .errors import ArgumentError
 from .indices import check_bounds
 from .launch import TORCH_DTYPES, on_device_of
@@ -17,8 +17,6 @@ from .spec import EntrySpec, OpSpec, TensorSpec
 
 # Values of parts of sums. More keep more of a GPU busy, and are themselves written and read.
 _SUMMED_TOGETHER = 1 << 21
-# Heads of sequences that blocks take turns at. More keep a GPU busy without.
-MOST_SHARED = 2048
 Tensors = Mapping[str, torch.Tensor | None]
 
 

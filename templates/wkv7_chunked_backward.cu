@@ -386,10 +386,10 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) backward_kernel(const Argumen
 RWKV_JIT_EXPORT int rwkv_jit_launch(const Arguments* args) {
   const int64_t heads = args->S * args->H, spans = (args->T + SPAN - 1) / SPAN;
   if (heads == 0) return cudaSuccess;
-  // Where heads are many, eight turns for each block, so that all end at about the same time.
+  // Where heads are many, sixteen turns for each block, so that all end at about the same time.
   // Where they are few, a turn a span: blocks share a sequence, and D goes from one to the next.
   const int64_t at_once = std::max<int64_t>(blocks_at_once(BLOCKS), 1);
-  int64_t each = heads < at_once ? spans : (8 * at_once + heads - 1) / heads;
+  int64_t each = heads < at_once ? spans : (16 * at_once + heads - 1) / heads;
   if (heads > {{most_shared}}) each = 1;  // there is no place for more to hand over
   const int64_t turn_spans = std::max<int64_t>((spans + each - 1) / std::max<int64_t>(each, 1), 1);
   const int64_t count = heads * std::max<int64_t>((spans + turn_spans - 1) / turn_spans, 1);

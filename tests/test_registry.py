@@ -63,10 +63,20 @@ def test_operators_are_listed() -> None:
 def test_a_configuration_for_an_architecture_elsewhere_needs_no_gpu() -> None:
     op = get_op(head_size=128, dtype=torch.bfloat16, arch="9.0a", decay="logit")
     assert op.config == OpConfig.parse("wkv7_n128_bf16_l16_sm90a_logit")
-    rounded = get_op(
-        head_size=64, dtype=torch.bfloat16, arch="9.0a", checkpoint_dtype=torch.bfloat16
-    )
-    assert rounded.config == OpConfig.parse("wkv7_n64_bf16_l16_sm90a_cbf16")
+
+
+def test_checkpoints_as_they_are_anyway_are_no_other_configuration() -> None:
+    def slug(name: str, dtype: torch.dtype, kept: torch.dtype | None) -> str:
+        op = get_op(name, head_size=64, dtype=dtype, arch="9.0a", checkpoint_dtype=kept)
+        assert OpConfig.parse(op.config.slug) == op.config
+        return op.config.slug
+
+    bf16, fp32 = torch.bfloat16, torch.float32
+    assert slug("wkv7", bf16, None) == slug("wkv7", bf16, bf16) == "wkv7_n64_bf16_l16_sm90a"
+    assert slug("wkv7", bf16, fp32) == "wkv7_n64_bf16_l16_sm90a_caccumulator"
+    assert slug("wkv6", bf16, None) == slug("wkv6", bf16, fp32) == "wkv6_n64_bf16_l16_sm90a"
+    assert slug("wkv6", bf16, bf16) == "wkv6_n64_bf16_l16_sm90a_cbf16"
+    assert slug("wkv7", fp32, fp32) == "wkv7_n64_fp32_l16_sm90a"
 
 
 def test_a_declared_bound_is_another_kernel_only_where_one_makes_use_of_it() -> None:
@@ -161,7 +171,7 @@ REFUSED = [
     ({"state_dtype": torch.float64}, "wkv7: state_dtype='fp64' does not go with dtype='fp32'"),
     (
         {"checkpoint_dtype": torch.float16},
-        "wkv7: checkpoint_dtype='fp16' is not known; choose from accumulator, bf16",
+        "wkv7: checkpoint_dtype='fp16' is not known; choose from auto, accumulator, bf16",
     ),
     (
         {"checkpoint_dtype": torch.bfloat16},

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..arguments import MOST_SHARED
-from ..config import OpConfig
+from ..config import MOST_SHARED, OpConfig
 from ..spec import KNOBS, EntrySpec, OpSpec, TensorSpec
 from .chunked import Block, Chunked
 from .recurrence import recurrence_variants
