@@ -67,8 +67,7 @@ __device__ __forceinline__ void triangle_gradient(const Element (*dy)[ROW], cons
     dg[g + 8] = g % 2 == 0 ? sum[1][2] : sum[1][3];
   }
   lower_triangle<true>(sum);
-  store_tile<PADDED>(sum[0], &da[0][0]);
-  store_tile<PADDED>(sum[1], &da[0][8]);
+  store_matrix(sum, da[0]);
 }
 
 // dv of sixteen values of a chunk.

@@ -25,6 +25,7 @@
 //% include "chunked_types.h"
 //% include "wkv7_chunked_state.h"
 //% include "wkv7_chunked_scans.h"
+//% include "wkv7_chunked_turns.h"
 
 namespace {
 
@@ -59,8 +60,7 @@ __device__ __forceinline__ void triangle_gradient(Shared& shared, int at, int wh
   } else {
     lower_triangle<false>(sum);
   }
-  store_tile<PADDED>(sum[0], triangle_of(chunk, which));
-  store_tile<PADDED>(sum[1], triangle_of(chunk, which) + 8);
+  store_matrix(sum, triangle_of(chunk, which));
 }
 
 // Asks for the tensors of chunk `at` of the span at `first`.
@@ -114,7 +114,7 @@ __device__ __forceinline__ void channel_gradients(const Arguments& args, const T
   // after it alone), from columns before it to the state after the chunk, and from state to state.
   Accumulator dr[2] = {}, da[2] = {}, dk[2] = {}, db[2] = {}, dw[2] = {}, factors[2];
   {
-#pragma unroll 2
+#pragma unroll (N > 64 ? STEPS : 2)
     for (int step = 0; step < STEPS; ++step) {
       OperandA left;
       OperandB right;
@@ -136,7 +136,7 @@ __device__ __forceinline__ void channel_gradients(const Arguments& args, const T
   }
   {
     Accumulator overlap[2] = {};  // S0^T D
-#pragma unroll 1
+#pragma unroll (N > 64 ? STEPS : 1)
     for (int step = 0; step < STEPS; ++step) {
       OperandA left;
       OperandB right;
@@ -188,13 +188,13 @@ __device__ __forceinline__ void channel_gradients(const Arguments& args, const T
       Accumulator sum[2] = {};
       exp2_of_sums(sums.from_middle_before(), decays.bounded, factors);
       a = times(rows_of(raw.a), to_operand<stored>(factors[0], factors[1]));
-      __syncthreads();  // the readers of the chunk's tensors and of the states are done
-      if (before >= 0) fetch_chunk(args, tokens, before, shared, at);
       add_rows(sum, triangle_of(chunk, AB), second_b);
       add_rows(sum, triangle_of(chunk, AK), second_k);
       add_overlap(a, sum, own);
       scale_and_add(sum, factors, da);
       store_pairs(sum, args.da, place, stride, valid);
+      __syncthreads();  // the readers of the chunk's tensors and of the states are done
+      if (before >= 0) fetch_chunk(args, tokens, before, shared, at);
     }
   }
   const OperandB second_r = to_second(r), second_a = to_second(a);
@@ -214,8 +214,6 @@ __device__ __forceinline__ void channel_gradients(const Arguments& args, const T
     scale_and_add(sum, to_middle, db);
     store_pairs(sum, args.db, place, stride, valid);
   }
-  Accumulator log_d[2] = {};
-  add_product(log_d, sums.same(), decays.log_d);
 #pragma unroll
   for (int tile = 0; tile < 2; ++tile)
 #pragma unroll
@@ -226,6 +224,8 @@ __device__ __forceinline__ void channel_gradients(const Arguments& args, const T
       crossing[tile][odd] = upper - own[tile][odd];
       crossing[tile][2 + odd] = lower - own[tile][2 + odd];
     }
+  Accumulator log_d[2] = {};
+  add_product(log_d, sums.same(), decays.log_d);
 #pragma unroll
   for (int x = 0; x < 8; ++x) {
     const float log = log_d[x / 4][x % 4];
@@ -270,68 +270,12 @@ __device__ __forceinline__ void chunk_gradients(const Arguments& args, const Tok
   make_u(shared, at, u);
   scan_backward(args, tokens, first, shared, at, d, dx);
   __syncthreads();  // W, R', K'' and B^ are done with
-#pragma unroll
-  for (int tile = 0; tile < 2; ++tile) {
-    store_tile<PADDED>(u[tile], &u_of(chunk)[own_value()][8 * tile]);
-    store_tile<PADDED>(dx[tile], &dx_of(chunk)[own_value()][8 * tile]);
-  }
+  store_matrix(u, u_of(chunk)[own_value()]);
+  store_matrix(dx, dx_of(chunk)[own_value()]);
   __syncthreads();  // U, dX, the state and D are there
   if (warp < TRIANGLES) triangle_gradient(shared, at, warp);
   __syncthreads();
   channel_gradients(args, tokens, first, before, shared, at, warp * 16);
-}
-
-// D of a sequence and head as the lanes hold it, between blocks that share the sequence.
-__device__ __forceinline__ float4* handed_over(const Arguments& args, int64_t index) {
-  return reinterpret_cast<float4*>(static_cast<float*>(args.handed_over) + index * N * N) +
-         own_value() / 16 * STEPS * 2 * 32 + threadIdx.x % 32;
-}
-
-// A turn is so many spans of a sequence and head. The first one's are the last of the sequence;
-// each begins with D as the turn before left it, which is not to be waited for if it is the same
-// block's. Turns are given out in their order, so that one that is waited for is under way.
-struct Turns {
-  int spans, count, heads;  // of a turn; of all, which are turn * heads + head of a sequence
-};
-__device__ __forceinline__ int* turns_done(const Arguments& args, int64_t index) {
-  return static_cast<int*>(args.turns) + 1 + index;
-}
-__device__ __forceinline__ int take_turn(const Arguments& args, Shared& shared) {
-  __syncthreads();  // every thread is done with the last one
-  if (threadIdx.x == 0) shared.ticket = atomicAdd(static_cast<int*>(args.turns), 1);
-  __syncthreads();
-  return shared.ticket;
-}
-__device__ __forceinline__ void take_over(const Arguments& args, int64_t index, int turn,
-                                          State& d) {
-  if (turn == 0) {
-    load_state(args.dfinal_state, index, d);
-    return;
-  }
-  if (threadIdx.x == 0)
-    while (atomicAdd(turns_done(args, index), 0) < turn) __nanosleep(100);
-  __syncthreads();
-  __threadfence();
-  const float4* from = handed_over(args, index);
-#pragma unroll
-  for (int tile = 0; tile < 2 * STEPS; ++tile)
-    get(__ldcg(from + tile * 32), d[tile / 2][tile % 2]);
-}
-// Takes D through a turn's last span ahead of its gradients, as another block may wait for it.
-__device__ __forceinline__ void hand_over(const Arguments& args, int64_t index,
-                                          const Shared& shared, int chunks, const State& d) {
-  State ahead;
-#pragma unroll
-  for (int step = 0; step < STEPS; ++step)
-#pragma unroll
-    for (int at = 0; at < 8; ++at) ahead[step][at / 4][at % 4] = d[step][at / 4][at % 4];
-  for (int at = chunks - 1; at >= 0; --at) pass_back(shared, at, ahead);
-  float4* to = handed_over(args, index);
-#pragma unroll
-  for (int tile = 0; tile < 2 * STEPS; ++tile) put(ahead[tile / 2][tile % 2], to[tile * 32]);
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) atomicAdd(turns_done(args, index), 1);
 }
 
 __global__ void __launch_bounds__(THREADS, BLOCKS) backward_kernel(const Arguments args,
@@ -364,12 +308,13 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) backward_kernel(const Argumen
       prepare<DECAY, BOUNDED, PARTS>(args, tokens, first + own * TOKENS, shared.raw[own],
                                      shared.chunks[own], shared.partials[own], [] {});
       __syncthreads();  // the chunks are there
-      scan_forward_to(args, checkpoint, shared, chunks - 1);
+      if (chunks > 1) scan_forward_to<true>(args, checkpoint, shared);
       if (!begun) take_over(args, shared.ticket % turns.heads, shared.ticket / turns.heads, d);
       if (first == shared.begin && first > 0)
         hand_over(args, shared.ticket % turns.heads, shared, chunks, d);
       for (int at = chunks - 1; at >= 0; --at) {
-        if (STATES == 1 && at < chunks - 1) scan_forward_to(args, checkpoint, shared, at);
+        if (at == 0 && (STATES == 1 || chunks == 1))
+          scan_forward_to<false>(args, checkpoint, shared);
         chunk_gradients(args, tokens, first + at * TOKENS, before, shared, at, d);
       }
       // This span may have fewer chunks than the one before it.

@@ -3,7 +3,7 @@ namespace {
 
 using namespace rwkv_jit;
 
-static_assert(WARPS == STATE_WARPS && WARPS == CHUNKS * PARTS);
+static_assert(WARPS == STATE_WARPS && WARPS == CHUNKS * PARTS && CHUNKS <= 2);
 // States that are kept of a span. Where blocks share a multiprocessor there is place for one.
 constexpr int STATES = BLOCKS == 1 ? CHUNKS : 1;
 
@@ -117,16 +117,16 @@ __device__ __forceinline__ void scan_backward(const Arguments& args, const Token
   add_product(dx, to_operand(e[0], e[1]), right);
 }
 
-// The state before a chunk of the span, to shared memory, with those before it that have a place.
+// The state before the span's first chunk, or its SECOND one, to shared memory: of the second one
+// that before the first, too, if there is place for both.
+template <bool SECOND>
 __device__ __forceinline__ void scan_forward_to(const Arguments& args, int64_t checkpoint,
-                                                Shared& shared, int at) {
+                                                Shared& shared) {
   State state;
   load_checkpoint(args, checkpoint, state);
-  for (int before = 0; before < at; ++before) {
-    if (STATES > 1) store_state_rows(state, state_of(shared, before));
-    scan_forward(shared, before, state);
-  }
-  store_state_rows(state, state_of(shared, at));
+  if (SECOND && STATES > 1) store_state_rows(state, state_of(shared, 0));
+  if (SECOND) scan_forward(shared, 0, state);
+  store_state_rows(state, state_of(shared, SECOND));
   __syncwarp();  // the warp's rows are there
 }
 

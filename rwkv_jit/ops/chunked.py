@@ -45,6 +45,7 @@ class Chunked:
         templates: str,
         constants: Callable[[OpConfig], Mapping[str, int]],
         backward_scratch: tuple[TensorSpec, ...] = (),
+        backward_constants: Mapping[str, int] | None = None,
         *,
         dtype: str = "bf16",
         uses_bound: bool = False,
@@ -54,6 +55,7 @@ class Chunked:
 
         constants: what the templates take beside their sizes.
         backward_scratch: tensors that the backward launcher needs.
+        backward_constants: what the backward template takes beside what both do.
         dtype: bf16, fp16 for decays that are bounded, or fp32 where tf32 is precise enough.
         uses_bound: whether a declared bound of the decay makes other kernels.
         rounds_checkpoints: whether checkpoints of bf16 are so themselves if none else are chosen.
@@ -87,7 +89,11 @@ class Chunked:
             forward,
             entry="backward",
             template=f"{templates}_chunked_backward.cu",
-            constants=lambda config: {**forward.constants(config), **self.backward.constants()},
+            constants=lambda config: {
+                **forward.constants(config),
+                **self.backward.constants(),
+                **(backward_constants or {}),
+            },
             scratch=backward_scratch,
         )
         return forward, backward

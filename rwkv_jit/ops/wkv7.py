@@ -65,7 +65,7 @@ _CHUNKED_TF32 = (
 
 
 def _chunked_constants(config: OpConfig) -> Mapping[str, int]:
-    return {"bounded": int(config.decays_are_bounded), "most_shared": MOST_SHARED}
+    return {"bounded": int(config.decays_are_bounded)}
 
 
 WKV7 = OpSpec(
@@ -105,6 +105,7 @@ WKV7 = OpSpec(
                 "wkv7",
                 _chunked_constants,
                 (_HANDED_OVER, _TURNS),
+                {"most_shared": MOST_SHARED},
                 dtype=dtype,
                 uses_bound=True,
                 rounds_checkpoints=True,

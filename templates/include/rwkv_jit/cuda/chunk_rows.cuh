@@ -18,14 +18,6 @@ __device__ __forceinline__ void lower_triangle(Accumulator (&matrix)[2]) {
     }
 }
 
-// Writes an accumulator of 8 columns, rounded, to rows COLUMNS apart.
-template <int COLUMNS>
-__device__ __forceinline__ void store_tile(const Accumulator& tile, Element* to) {
-  const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
-  *reinterpret_cast<Packed*>(to + g * COLUMNS + 2 * q) = pack(tile[0], tile[1]);
-  *reinterpret_cast<Packed*>(to + (g + 8) * COLUMNS + 2 * q) = pack(tile[2], tile[3]);
-}
-
 // A pair of values times a factor each: a tile's factors of token g, or g + 8 if `row` is 1.
 __device__ __forceinline__ Packed scaled(Packed pair, const Accumulator& factors, int row) {
   return pack(low_of(pair) * factors[2 * row], high_of(pair) * factors[2 * row + 1]);
@@ -52,13 +44,14 @@ __device__ __forceinline__ OperandA to_first(const OperandB& rows) {
 
 // Writes such rows at a chunk's channels.
 __device__ __forceinline__ void store_rows(const OperandA& rows, Element* to) {
-  const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
-#pragma unroll
-  for (int at = 0; at < 4; ++at)
-    *reinterpret_cast<Packed*>(to + (g + at % 2 * 8) * ROW + at / 2 * 8 + 2 * q) = rows.at[at];
+  store<ROW>(rows, to);
 }
 __device__ __forceinline__ void store_rows(const OperandB& rows, Element* to) {
   store_rows(to_first(rows), to);
+}
+// Writes a matrix [16 x 16], rounded.
+__device__ __forceinline__ void store_matrix(const Accumulator (&matrix)[2], Element* to) {
+  store<PADDED>(to_operand(matrix[0], matrix[1]), to);
 }
 
 // Such rows as accumulators.

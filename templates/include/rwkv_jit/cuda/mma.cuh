@@ -199,6 +199,37 @@ __device__ __forceinline__ void load_transposed(const Element* block, OperandB& 
   load_matrices<STRIDE, false, false>(block, b.at);
 }
 
+// The same matrices of a first operand, to memory.
+template <int STRIDE, typename Pair, typename Value>
+__device__ __forceinline__ void store_pairs_of(const Pair (&from)[4], Value* block) {
+  const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+#pragma unroll
+  for (int at = 0; at < 4; ++at)
+    *reinterpret_cast<Pair*>(block + (g + at % 2 * 8) * STRIDE + at / 2 * 8 + 2 * q) = from[at];
+}
+template <int STRIDE>
+__device__ __forceinline__ void store_matrices(const float2 (&from)[4], float* block) {
+  store_pairs_of<STRIDE>(from, block);
+}
+template <int STRIDE>
+__device__ __forceinline__ void store_matrices(const uint32_t (&from)[4], Element* block) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  const int lane = threadIdx.x % 32;
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                   shared_address(block + lane % 16 * STRIDE + lane / 16 * 8)),
+               "r"(from[0]), "r"(from[1]), "r"(from[2]), "r"(from[3])
+               : "memory");
+#else
+  store_pairs_of<STRIDE>(from, block);
+#endif
+}
+
+// Writes a first operand to the 16 x 16 block at `block`, rows STRIDE apart.
+template <int STRIDE>
+__device__ __forceinline__ void store(const OperandA& a, Element* block) {
+  store_matrices<STRIDE>(a.at, block);
+}
+
 // Each of a fragment's 8 x 8 matrices transposed: a first operand as the second operand that is
 // the same matrix, and a fragment of rows as one of columns.
 __device__ __forceinline__ uint32_t turned(uint32_t pair) {

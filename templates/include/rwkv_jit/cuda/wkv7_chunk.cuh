@@ -286,8 +286,7 @@ __device__ __forceinline__ void prepare(const Args& args, const Tokens& tokens, 
   }
   if (has(QB)) {
     lower_triangle<false>(triangle(QB));
-    store_tile<PADDED>(triangle(QB)[0], &chunk.qb[0][0]);
-    store_tile<PADDED>(triangle(QB)[1], &chunk.qb[0][8]);
+    store_matrix(triangle(QB), chunk.qb[0]);
   }
   when_read();
   sync_chunk<PARTS>();
@@ -303,8 +302,7 @@ __device__ __forceinline__ void prepare(const Args& args, const Tokens& tokens, 
     load_transposed<SOLVED>(chunk.solved[TOKENS], columns);
     lower_triangle<false>(triangle(QK));
     add_product(triangle(QK), qb, columns);
-    store_tile<PADDED>(triangle(QK)[0], &chunk.m[0][0]);
-    store_tile<PADDED>(triangle(QK)[1], &chunk.m[0][8]);
+    store_matrix(triangle(QK), chunk.m[0]);
   }
 
 #pragma unroll
