@@ -12,8 +12,8 @@ from .errors import ConfigError
 DTYPES = ("bf16", "fp16", "fp32", "fp64")
 DECAYS = ("loglog", "logit", "log", "factor")
 STATE_LAYOUTS = ("vk", "kv")
-# The states that the forward keeps for the backward: as the kernels would have it, in the dtype that
-# is computed in, or rounded.
+# The states that the forward keeps for the backward: as the kernels would have it, in the dtype
+# that is computed in, or rounded.
 CHECKPOINT_DTYPES = ("auto", "accumulator", "bf16")
 # What results are computed to: float32's own, or with operands of products rounded to tf32.
 PRECISIONS = ("float32", "tf32")

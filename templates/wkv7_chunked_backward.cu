@@ -72,14 +72,14 @@ __device__ __forceinline__ void fetch_chunk(const Arguments& args, const Tokens&
   fetch_rows<TOKENS, THREADS>(args.dy, tokens, token, threadIdx.x, &shared.dy[at * TOKENS]);
 }
 
-// Adds the gradients of a sum over tokens' rows, of which `left` is the rows' triangle and `right`
-// what they are multiplied with.
+// sum += triangle^T right.
 __device__ __forceinline__ void add_columns(Accumulator (&sum)[2], const Element* triangle,
                                             const OperandB& right) {
   OperandA left;
   load_transposed<PADDED>(triangle, left);
   add_product(sum, left, right);
 }
+// sum += triangle right.
 __device__ __forceinline__ void add_rows(Accumulator (&sum)[2], const Element* triangle,
                                          const OperandB& right) {
   OperandA left;
@@ -88,8 +88,8 @@ __device__ __forceinline__ void add_rows(Accumulator (&sum)[2], const Element* t
 }
 
 // Gradients of r, w, k, a and b for sixteen channels of chunk `at` of a span, whose first token is
-// `first`, by this warp. As soon as the block is done with the chunk's tensors, those of the span at
-// `before`, if any, are asked for.
+// `first`, by this warp. As soon as the block is done with the chunk's tensors, those of the span
+// at `before`, if any, are asked for.
 __device__ __forceinline__ void channel_gradients(const Arguments& args, const Tokens& tokens,
                                                   int first, int before, Shared& shared, int at,
                                                   int key) {
@@ -101,7 +101,7 @@ __device__ __forceinline__ void channel_gradients(const Arguments& args, const T
   const int stride = tokens.stride;
   const TokenSums sums;
   // What is in shared memory is read again where it is needed again: registers are short.
-  const auto rows_of = [key](const Element (&tensor)[TOKENS][ROW]) {
+  const auto rows_of = [key](const Element(&tensor)[TOKENS][ROW]) {
     OperandA rows;
     load<ROW>(&tensor[0][key], rows);
     return rows;
@@ -114,7 +114,7 @@ __device__ __forceinline__ void channel_gradients(const Arguments& args, const T
   // after it alone), from columns before it to the state after the chunk, and from state to state.
   Accumulator dr[2] = {}, da[2] = {}, dk[2] = {}, db[2] = {}, dw[2] = {}, factors[2];
   {
-#pragma unroll (N > 64 ? STEPS : 2)
+#pragma unroll(N > 64 ? STEPS : 2)
     for (int step = 0; step < STEPS; ++step) {
       OperandA left;
       OperandB right;
@@ -136,7 +136,7 @@ __device__ __forceinline__ void channel_gradients(const Arguments& args, const T
   }
   {
     Accumulator overlap[2] = {};  // S0^T D
-#pragma unroll (N > 64 ? STEPS : 1)
+#pragma unroll(N > 64 ? STEPS : 1)
     for (int step = 0; step < STEPS; ++step) {
       OperandA left;
       OperandB right;
@@ -161,8 +161,7 @@ __device__ __forceinline__ void channel_gradients(const Arguments& args, const T
     for (int tile = 0; tile < 2; ++tile) {
       const float2 total = *reinterpret_cast<const float2*>(&chunk.total[key + 8 * tile + 2 * q]);
 #pragma unroll
-      for (int x = 0; x < 4; ++x)
-        dw[tile][x] += (x % 2 ? total.y : total.x) * through[tile][x % 2];
+      for (int x = 0; x < 4; ++x) dw[tile][x] += (x % 2 ? total.y : total.x) * through[tile][x % 2];
     }
   }
 
@@ -278,8 +277,8 @@ __device__ __forceinline__ void chunk_gradients(const Arguments& args, const Tok
   channel_gradients(args, tokens, first, before, shared, at, warp * 16);
 }
 
-__global__ void __launch_bounds__(THREADS, BLOCKS) backward_kernel(const Arguments args,
-                                                                   const Turns turns) {
+__global__ void __launch_bounds__(THREADS, BLOCKS)
+    backward_kernel(const Arguments args, const Turns turns) {
   extern __shared__ __align__(16) char shared_bytes[];
   Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
   const int own = threadIdx.x / 32 / PARTS;  // the chunk that this warp prepares
@@ -295,8 +294,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) backward_kernel(const Argumen
     if (threadIdx.x == 0) shared.begin = max(spans - turns.spans, 0) * SPAN;
     __syncthreads();
     int first = (spans - 1) * SPAN;
-    int checkpoint = static_cast<int>((sequence.first_checkpoint + spans - 1) * args.H +
-                                      index % args.H);
+    int checkpoint =
+        static_cast<int>((sequence.first_checkpoint + spans - 1) * args.H + index % args.H);
     for (int at = 0; at < CHUNKS && spans > 0; ++at) fetch_chunk(args, tokens, first, shared, at);
     for (bool begun = false; first >= shared.begin; first -= SPAN, begun = true) {
       const int chunks = min(CHUNKS, (tokens.count - first + TOKENS - 1) / TOKENS);
@@ -339,10 +338,9 @@ RWKV_JIT_EXPORT int rwkv_jit_launch(const Arguments* args) {
   const int64_t turn_spans = std::max<int64_t>((spans + each - 1) / std::max<int64_t>(each, 1), 1);
   const int64_t count = heads * std::max<int64_t>((spans + turn_spans - 1) / turn_spans, 1);
   const auto stream = static_cast<cudaStream_t>(args->stream);
-  const cudaError_t error =
-      cudaMemsetAsync(args->turns, 0, (heads + 1) * sizeof(int), stream);
+  const cudaError_t error = cudaMemsetAsync(args->turns, 0, (heads + 1) * sizeof(int), stream);
   if (error != cudaSuccess) return error;
-  return launch<Shared>(backward_kernel, *args, std::min(count, at_once),
-                        Turns{static_cast<int>(turn_spans), static_cast<int>(count),
-                              static_cast<int>(heads)});
+  return launch<Shared>(
+      backward_kernel, *args, std::min(count, at_once),
+      Turns{static_cast<int>(turn_spans), static_cast<int>(count), static_cast<int>(heads)});
 }

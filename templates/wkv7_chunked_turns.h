@@ -9,11 +9,12 @@ __device__ __forceinline__ float4* handed_over(const Arguments& args, int64_t in
          own_value() / 16 * STEPS * 2 * 32 + threadIdx.x % 32;
 }
 
-// A turn is so many spans of a sequence and head. The first one's are the last of the sequence;
-// each begins with D as the turn before left it, which is not to be waited for if it is the same
-// block's. Turns are given out in their order, so that one that is waited for is under way.
+// A turn is a run of a sequence and head's spans, the first one the last of them; each begins with D
+// as the one before left it. They are given out in their order, every head's first ones first, so
+// that one that is waited for is under way, however many blocks run.
 struct Turns {
-  int spans, count, heads;  // of a turn; of all, which are turn * heads + head of a sequence
+  int spans;         // of a turn
+  int count, heads;  // of all; ticket = turn * heads + sequence and head
 };
 __device__ __forceinline__ int* turns_done(const Arguments& args, int64_t index) {
   return static_cast<int*>(args.turns) + 1 + index;
@@ -36,8 +37,7 @@ __device__ __forceinline__ void take_over(const Arguments& args, int64_t index, 
   __threadfence();
   const float4* from = handed_over(args, index);
 #pragma unroll
-  for (int tile = 0; tile < 2 * STEPS; ++tile)
-    get(__ldcg(from + tile * 32), d[tile / 2][tile % 2]);
+  for (int tile = 0; tile < 2 * STEPS; ++tile) get(__ldcg(from + tile * 32), d[tile / 2][tile % 2]);
 }
 // Takes D through a turn's last span ahead of its gradients, as another block may wait for it.
 __device__ __forceinline__ void hand_over(const Arguments& args, int64_t index,

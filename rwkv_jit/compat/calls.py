@@ -155,11 +155,11 @@ class _Call:
     def _checkpoints(self) -> torch.Tensor | None:
         """Upstream's buffer for what its backward reads, as ours, if it has the room."""
         s: torch.Tensor | None = self._given.values.get("s")
-        if s is None or not s.is_contiguous():
+        if s is None or s.dtype != torch.float32 or not s.is_contiguous():
             return None
         spacing = self._spec.checkpoint_spacing(self._op.config, "forward")
         sizes = entry_sizes(self._spec.called, spacing, self._given.tokens)
         shape = (sizes["K"], sizes["H"], sizes["N"], sizes["N"])
-        begin = s.view(-1)[: math.prod(shape)]
         dtype = dtype_of(self._spec.checkpoint_dtype(self._op.config), self._op.config, {})
+        begin = s.view(-1).view(dtype)[: math.prod(shape)]
         return begin.view(shape) if self._takes(begin, math.prod(shape), dtype) else None

@@ -33,12 +33,14 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Chunked:
-    """How a sequence is worked on: checkpoints stand before each span of tokens."""
+    """How a sequence is worked on, from compute capability `min_arch` on: checkpoints stand before
+    each span of tokens."""
 
     head_size: int
     span: int
     forward: Block
     backward: Block
+    min_arch: int = 80
 
     def variants(
         self,
@@ -66,7 +68,7 @@ class Chunked:
         forward = KernelVariant(
             entry="forward",
             template=f"{templates}_chunked_forward.cu",
-            min_arch=80,
+            min_arch=self.min_arch,
             head_sizes=(self.head_size,),
             dtypes=(dtype,),
             chunk_lengths=(16,),

@@ -16,5 +16,5 @@ inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
 }
 inline __nv_bfloat162 __hmul2(__nv_bfloat162 a, __nv_bfloat162 b) {
   return __floats2bfloat162_rn(__bfloat162float(a.x) * __bfloat162float(b.x),
-                                __bfloat162float(a.y) * __bfloat162float(b.y));
+                               __bfloat162float(a.y) * __bfloat162float(b.y));
 }

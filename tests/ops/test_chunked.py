@@ -97,9 +97,7 @@ def test_a_very_long_sequence_matches_the_float32_recurrence(
 def test_rounded_checkpoints_change_gradients_alone_and_within_their_limits(
     name: str, size: int
 ) -> None:
-    ops = [
-        on_tensor_cores(name, size, checkpoint_dtype=x) for x in (torch.bfloat16, torch.float32)
-    ]
+    ops = [on_tensor_cores(name, size, checkpoint_dtype=x) for x in (torch.bfloat16, torch.float32)]
     call = random_call(2, 150, 2, size, op=name)
     for op in ops:
         assert_matches_reference(op, call, "cuda")

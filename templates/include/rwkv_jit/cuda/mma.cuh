@@ -211,9 +211,10 @@ template <int STRIDE>
 __device__ __forceinline__ void store_matrices(const float2 (&from)[4], float* block) {
   store_pairs_of<STRIDE>(from, block);
 }
+// At once where that spills no registers.
 template <int STRIDE>
 __device__ __forceinline__ void store_matrices(const uint32_t (&from)[4], Element* block) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ / 100 != 10
   const int lane = threadIdx.x % 32;
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
                    shared_address(block + lane % 16 * STRIDE + lane / 16 * 8)),
