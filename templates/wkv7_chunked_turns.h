@@ -9,9 +9,9 @@ __device__ __forceinline__ float4* handed_over(const Arguments& args, int64_t in
          own_value() / 16 * STEPS * 2 * 32 + threadIdx.x % 32;
 }
 
-// A turn is a run of a sequence and head's spans, the first one the last of them; each begins with D
-// as the one before left it. They are given out in their order, every head's first ones first, so
-// that one that is waited for is under way, however many blocks run.
+// A turn is a run of a sequence and head's spans, the first turn the last of them; each begins with
+// D as the one before left it. They are given out in their order, every head's first one before any
+// second one, so that one that is waited for is under way, however many blocks run.
 struct Turns {
   int spans;         // of a turn
   int count, heads;  // of all; ticket = turn * heads + sequence and head
