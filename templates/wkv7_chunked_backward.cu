@@ -1,11 +1,10 @@
-// wkv7 backward on tensor cores: one block per sequence and head, spans of CHUNKS chunks of 16
-// tokens from the last to the first. In a span: its warps prepare the chunks as in the forward;
-// then STATE_WARPS of them, each with 16 rows, take the state from the span's checkpoint through
-// the chunks, keeping the state before each, and as many, where there are others, D = dL/dS back
+// wkv7 backward on tensor cores: blocks take turns at sequences and heads, in spans of CHUNKS chunks
+// of 16 tokens from the last to the first. In a span a block's warps prepare the chunks as in the
+// forward. Then, from the last chunk to the first, they take the state, each 16 rows of it, from the
+// span's checkpoint to the chunk, and D = dL/dS back through it
 //   E = D B^^T   dV = K'' D^T + M^T dY   dX = T^T (A_qb^T dY + E^T)
 //   D <- D diag(P_L) + E W + dY^T R'
-// and all warps work out those chunks' gradients (each 16 channels of one; names as in
-// wkv7_chunk.cuh):
+// and work out the chunk's gradients (each those of 16 channels; names as in wkv7_chunk.cuh):
 //   U = W S^T + G V   dA_ab = tril(dX U^T, -1)  dA_ak = tril(dX V^T, -1)  dA_qb = tril(dY U^T)
 //   dA_qk = tril(dY V^T)   dr = P (dY S) + p (dA_qb b~ + dA_qk k~), and so on,
 // where p and ~ are the triangles' factors. The gradient of log d at a token sums what crosses it.
@@ -14,6 +13,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <initializer_list>
 #include <type_traits>
 

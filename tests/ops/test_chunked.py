@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
@@ -16,6 +17,7 @@ from comparing import (
     run,
 )
 from rwkv_jit import Op, get_op
+from rwkv_jit.config import MOST_SHARED
 from rwkv_jit.ops import SPECS
 
 CHUNKED = [("wkv7", 64), ("wkv7", 128), ("wkv6", 64), ("wkv5", 64)]
@@ -116,9 +118,9 @@ def test_a_sequence_of_a_batch_has_the_bits_that_it_has_alone(
 ) -> None:
     op = on_tensor_cores(name, size, dtype)
     bounds = [0, 1, 70, 70, 134, 333]
-    # So many that there is a block for each sequence and head, where several share one alone.
-    others = range(334, 334 + 75)
-    batch = random_call(1, others[-1], 2, size, op=name, sequences=80).rounded(op)
+    # So many that a turn of wkv7's backward is several spans, where it is one of a sequence alone.
+    others = range(334, 334 + 200)
+    batch = random_call(1, others[-1], 2, size, op=name, sequences=205).rounded(op)
     batch.cu_seqlens = torch.tensor([*bounds, *others])
     together = run(op, batch, "cuda")
     of_sequences = {"final_state", "dinitial_state"}
@@ -140,6 +142,21 @@ def test_a_sequence_of_a_batch_has_the_bits_that_it_has_alone(
                 assert torch.equal(value, together[key][s : s + 1]), key
             elif value.dim() == 4:
                 assert torch.equal(value, together[key][:, begin:end]), key
+
+
+@pytest.mark.gpu
+def test_more_heads_than_blocks_share_have_the_bits_of_few(request: pytest.FixtureRequest) -> None:
+    if request.config.getoption("emulate_gpu"):
+        pytest.skip("takes minutes")
+    op = on_tensor_cores("wkv7", 64)
+    many = random_call(MOST_SHARED // 32 + 1, 33, 32, 64).rounded(op)
+    few = copy.copy(many)
+    few.tokens = {key: x[:2] for key, x in many.tokens.items()}
+    for name in ("initial_state", "dy", "dfinal_state"):
+        setattr(few, name, getattr(many, name)[:2])
+    together, alone = run(op, many, "cuda"), run(op, few, "cuda")
+    for key, value in alone.items():
+        assert torch.equal(value, together[key][:2]), key
 
 
 @for_each_kernel
