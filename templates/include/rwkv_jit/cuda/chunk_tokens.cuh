@@ -180,14 +180,10 @@ __device__ __forceinline__ void bound(float (&log2_d)[8]) {
 #pragma unroll
   for (int at = 0; at < 8; ++at) log2_d[at] = fmaxf(log2_d[at], STRONGEST);
 }
-__device__ __forceinline__ void bound(Accumulator (&log2_d)[2]) {
-#pragma unroll
-  for (int at = 0; at < 8; ++at) log2_d[at / 4][at % 4] = fmaxf(log2_d[at / 4][at % 4], STRONGEST);
-}
 
 // log2_d is bounded on the way, if it is not BOUNDED as it is.
-template <DecayKind KIND, bool BOUNDED = KIND == LOGIT, typename Values>
-__device__ __forceinline__ Decays decays_of(Values& log2_d) {
+template <DecayKind KIND, bool BOUNDED = KIND == LOGIT>
+__device__ __forceinline__ Decays decays_of(float (&log2_d)[8]) {
   const Split log_d = split(log2_d);
   if constexpr (BOUNDED) return {log_d, log_d};
   bound(log2_d);
