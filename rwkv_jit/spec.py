@@ -220,7 +220,7 @@ class OpSpec:
         as they are anyway, tf32 where none rounds to it, bounds where none uses them or with
         "logit", which is bounded as it is."""
         if config.checkpoint_dtype != "auto" and "checkpoint_dtype" in self.knobs:
-            usual = self.variant(config, "forward").checkpoint_dtypes[0]
+            usual = self.variant(config, next(iter(self.entries))).checkpoint_dtypes[0]
             if config.checkpoint_dtype == usual:
                 config = replace(config, checkpoint_dtype="auto")
         if config.precision == "tf32" and "precision" in self.knobs:

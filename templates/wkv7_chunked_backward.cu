@@ -1,7 +1,7 @@
-// wkv7 backward on tensor cores: blocks take turns at sequences and heads, in spans of CHUNKS chunks
-// of 16 tokens from the last to the first. In a span a block's warps prepare the chunks as in the
-// forward. Then, from the last chunk to the first, they take the state, each 16 rows of it, from the
-// span's checkpoint to the chunk, and D = dL/dS back through it
+// wkv7 backward on tensor cores: blocks take turns at sequences and heads, in spans of CHUNKS
+// chunks of 16 tokens from the last to the first. In a span a block's warps prepare the chunks as
+// in the forward. Then, from the last chunk to the first, they take the state, each 16 rows of it,
+// from the span's checkpoint to the chunk, and D = dL/dS back through it
 //   E = D B^^T   dV = K'' D^T + M^T dY   dX = T^T (A_qb^T dY + E^T)
 //   D <- D diag(P_L) + E W + dY^T R'
 // and work out the chunk's gradients (each those of 16 channels; names as in wkv7_chunk.cuh):
