@@ -107,7 +107,7 @@ __device__ __forceinline__ void channel_gradients(const Arguments& args, const T
     return rows;
   };
   float log2_d[8];
-  load_log2_decays<DECAY, BOUNDED>(args, tokens, first, key, raw, log2_d);
+  load_log2_decays<DECAY, BOUNDED>(args, tokens, first, key, raw.w, log2_d);
   const Decays decays = decays_of<DECAY, BOUNDED>(log2_d);
 
   // Against the states. What crosses a token: from states before it to rows at or after it (a:
@@ -267,7 +267,7 @@ __device__ __forceinline__ void chunk_gradients(const Arguments& args, const Tok
   Chunk& chunk = shared.chunks[at];
   Accumulator u[2] = {}, dx[2] = {};
   make_u(shared, at, u);
-  scan_backward(args, tokens, first, shared, at, d, dx);
+  scan_backward<false>(args, tokens, first, shared, at, d, dx);
   __syncthreads();  // W, R', K'' and B^ are done with
   store_matrix(u, u_of(chunk)[own_value()]);
   store_matrix(dx, dx_of(chunk)[own_value()]);
@@ -310,7 +310,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
       if (chunks > 1) scan_forward_to<true>(args, checkpoint, shared);
       if (!begun) take_over(args, shared.ticket % turns.heads, shared.ticket / turns.heads, d);
       if (first == shared.begin && first > 0)
-        hand_over(args, shared.ticket % turns.heads, shared, chunks, d);
+        hand_over(args, shared.ticket % turns.heads, tokens, shared, chunks, d);
       for (int at = chunks - 1; at >= 0; --at) {
         if (at == 0 && (STATES == 1 || chunks == 1))
           scan_forward_to<false>(args, checkpoint, shared);

@@ -73,22 +73,8 @@ __device__ __forceinline__ void make_u(Shared& shared, int at, Accumulator (&u)[
   add_product(u, rounded(left), right);
 }
 
-// D back through one chunk, and no more.
-__device__ __forceinline__ void pass_back(const Shared& shared, int at, State& d) {
-  const Chunk& chunk = shared.chunks[at];
-  Accumulator e[2] = {};
-  OperandA dy;
-  OperandB right;
-  load_transposed<ROW>(&shared.dy[at * TOKENS][own_value()], dy);
-#pragma unroll
-  for (int step = 0; step < STEPS; ++step) {
-    load_transposed<ROW>(&chunk.b[0][16 * step], right);
-    add_product(e, to_operand(d[step][0], d[step][1]), right);
-  }
-  step_state(d, chunk, rounded(dy), chunk.r, to_operand(e[0], e[1]), chunk.w);
-}
-
-// The same by the same steps, with dV, and for the gradients D after the chunk and dX.
+// D back through one chunk, ALONE or with dV, and for the gradients D after the chunk and dX.
+template <bool ALONE>
 __device__ __forceinline__ void scan_backward(const Arguments& args, const Tokens& tokens,
                                               int first, Shared& shared, int at, State& d,
                                               Accumulator (&dx)[2]) {
@@ -101,16 +87,20 @@ __device__ __forceinline__ void scan_backward(const Arguments& args, const Token
 #pragma unroll
   for (int step = 0; step < STEPS; ++step) {
     const OperandA rows = to_operand(d[step][0], d[step][1]);
-    store_rows(rows, &shared.d[own_value()][16 * step]);
+    if constexpr (!ALONE) store_rows(rows, &shared.d[own_value()][16 * step]);
     load_transposed<ROW>(&chunk.b[0][16 * step], right);
     add_product(e, rows, right);
+    if constexpr (ALONE) continue;
     load_transposed<ROW>(&chunk.k[0][16 * step], right);
     add_product(dv, rows, right);
   }
-  load<PADDED>(&chunk.m[0][0], right);
-  add_product(dv, dy, right);
-  store_values(dv, args.dv, tokens, first);
+  if constexpr (!ALONE) {
+    load<PADDED>(&chunk.m[0][0], right);
+    add_product(dv, dy, right);
+    store_values(dv, args.dv, tokens, first);
+  }
   step_state(d, chunk, dy, chunk.r, to_operand(e[0], e[1]), chunk.w);
+  if constexpr (ALONE) return;
   load<PADDED>(&chunk.qb[0][0], right);
   add_product(e, dy, right);  // dU
   load_transposed<SOLVED>(chunk.solved[0], right);

@@ -41,13 +41,16 @@ __device__ __forceinline__ void take_over(const Arguments& args, int64_t index, 
 }
 // Takes D through a turn's last span ahead of its gradients, as another block may wait for it.
 __device__ __forceinline__ void hand_over(const Arguments& args, int64_t index,
-                                          const Shared& shared, int chunks, const State& d) {
+                                          const Tokens& tokens, Shared& shared, int chunks,
+                                          const State& d) {
   State ahead;
+  Accumulator none[2];
 #pragma unroll
   for (int step = 0; step < STEPS; ++step)
 #pragma unroll
     for (int at = 0; at < 8; ++at) ahead[step][at / 4][at % 4] = d[step][at / 4][at % 4];
-  for (int at = chunks - 1; at >= 0; --at) pass_back(shared, at, ahead);
+  for (int at = chunks - 1; at >= 0; --at)
+    scan_backward<true>(args, tokens, 0, shared, at, ahead, none);
   float4* to = handed_over(args, index);
 #pragma unroll
   for (int tile = 0; tile < 2 * STEPS; ++tile) put(ahead[tile / 2][tile % 2], to[tile * 32]);

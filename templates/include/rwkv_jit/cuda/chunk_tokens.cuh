@@ -77,6 +77,27 @@ __device__ __forceinline__ void load_wide_decay(const void* from, const Tokens& 
   }
 }
 
+// log2 of the decay factors of sixteen of a chunk's channels, in that order; 0 for tokens that are
+// not there. `rows` are w's, where it is no wider than the others.
+template <DecayKind KIND, bool BOUNDED = false, typename Args>
+__device__ __forceinline__ void load_log2_decays(const Args& args, const Tokens& tokens, int first,
+                                                 int channel, const Element (&rows)[TOKENS][ROW],
+                                                 float (&log_d)[8]) {
+  if (is_wide(args.w_dtype)) {
+    load_wide_decay(args.w, tokens, first, channel, log_d);
+  } else {
+    OperandB pairs;
+    load<ROW>(&rows[0][channel], pairs);
+#pragma unroll
+    for (int at = 0; at < 8; ++at)
+      log_d[at] = at % 2 ? high_of(pairs.at[at / 2]) : low_of(pairs.at[at / 2]);
+  }
+#pragma unroll
+  for (int at = 0; at < 8; ++at)
+    log_d[at] =
+        first + operand_token(at) < tokens.count ? log2_decay<KIND, BOUNDED>(log_d[at]) : 0.0f;
+}
+
 // Values in two parts, which together keep 16 bits of them or, of fp16 and tf32, 22.
 struct Split {
   OperandB high, low;

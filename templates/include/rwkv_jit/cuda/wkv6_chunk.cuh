@@ -189,18 +189,7 @@ __device__ __forceinline__ void load_factors(const Args& args, const Tokens& tok
                                              int channel, const Raw& raw, const NoPowers&,
                                              TokenFactors& factors) {
   float log_d[8];
-  if (args.w_dtype == FP32) {
-    load_wide_decay(args.w, tokens, first, channel, log_d);
-  } else {
-    OperandB pairs;
-    load<ROW>(&raw.w[0][channel], pairs);
-#pragma unroll
-    for (int at = 0; at < 8; ++at)
-      log_d[at] = at % 2 ? high_of(pairs.at[at / 2]) : low_of(pairs.at[at / 2]);
-  }
-#pragma unroll
-  for (int at = 0; at < 8; ++at)
-    log_d[at] = first + operand_token(at) < tokens.count ? log2_decay<KIND>(log_d[at]) : 0.0f;
+  load_log2_decays<KIND>(args, tokens, first, channel, raw.w, log_d);
   factors = TokenFactors(log_d);
 }
 template <DecayKind KIND, typename Args>

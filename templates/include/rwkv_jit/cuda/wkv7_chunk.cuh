@@ -32,26 +32,6 @@ __device__ __forceinline__ void fetch(const Args& args, const Tokens& tokens, in
   fetch_rows<TOKENS, THREADS>(args.k, tokens, first, thread, raw.k);
 }
 
-// log2 of the decay factors of sixteen of a chunk's channels, in the order of operand_token; 0 for
-// tokens that are not there.
-template <DecayKind KIND, bool BOUNDED, typename Args>
-__device__ __forceinline__ void load_log2_decays(const Args& args, const Tokens& tokens, int first,
-                                                 int channel, const Raw& raw, float (&log_d)[8]) {
-  if (is_wide(args.w_dtype)) {
-    load_wide_decay(args.w, tokens, first, channel, log_d);
-  } else {
-    OperandB pairs;
-    load<ROW>(&raw.w[0][channel], pairs);
-#pragma unroll
-    for (int at = 0; at < 8; ++at)
-      log_d[at] = at % 2 ? high_of(pairs.at[at / 2]) : low_of(pairs.at[at / 2]);
-  }
-#pragma unroll
-  for (int at = 0; at < 8; ++at)
-    log_d[at] =
-        first + operand_token(at) < tokens.count ? log2_decay<KIND, BOUNDED>(log_d[at]) : 0.0f;
-}
-
 constexpr int SOLVED = IS_FP32 ? 20 : TOKENS;  // columns of T and G in shared memory
 
 struct Chunk {
@@ -231,7 +211,7 @@ __device__ __forceinline__ void prepare(const Args& args, const Tokens& tokens, 
   for (int step = 0; step < PART_STEPS; ++step) {
     const int channel = first_channel + 16 * step;
     float log_d[8];
-    load_log2_decays<KIND, BOUNDED>(args, tokens, first, channel, raw, log_d);
+    load_log2_decays<KIND, BOUNDED>(args, tokens, first, channel, raw.w, log_d);
     const Decays decays = decays_of<KIND, BOUNDED>(log_d);
 
     OperandA a, r;
