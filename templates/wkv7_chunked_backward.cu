@@ -197,22 +197,17 @@ __device__ __forceinline__ void channel_gradients(const Arguments& args, const T
     }
   }
   const OperandB second_r = to_second(r), second_a = to_second(a);
-  {
+  const auto store_column = [&](Triangle of_r, Triangle of_a, const OperandA& columns,
+                                const Accumulator(&against_state)[2], void* to) {
     Accumulator sum[2] = {};
-    add_columns(sum, triangle_of(chunk, QK), second_r);
-    add_columns(sum, triangle_of(chunk, AK), second_a);
-    add_overlap<true>(k, sum, crossing);
-    scale_and_add(sum, to_middle, dk);
-    store_pairs(sum, args.dk, place, stride, valid);
-  }
-  {
-    Accumulator sum[2] = {};
-    add_columns(sum, triangle_of(chunk, QB), second_r);
-    add_columns(sum, triangle_of(chunk, AB), second_a);
-    add_overlap<true>(b, sum, crossing);
-    scale_and_add(sum, to_middle, db);
-    store_pairs(sum, args.db, place, stride, valid);
-  }
+    add_columns(sum, triangle_of(chunk, of_r), second_r);
+    add_columns(sum, triangle_of(chunk, of_a), second_a);
+    add_overlap<true>(columns, sum, crossing);
+    scale_and_add(sum, to_middle, against_state);
+    store_pairs(sum, to, place, stride, valid);
+  };
+  store_column(QK, AK, k, dk, args.dk);
+  store_column(QB, AB, b, db, args.db);
 #pragma unroll
   for (int tile = 0; tile < 2; ++tile)
 #pragma unroll
