@@ -59,9 +59,10 @@ def entry_sizes(entry: EntrySpec, spacing: int, tensors: Tensors) -> dict[str, i
     else:
         sizes["C"] = first.shape[2]
     if spacing:
-        sizes.update(K=batch * length // spacing + sequences, L=spacing, Q=spacing // 4)
+        places = batch * length // spacing + sequences
+        sizes.update(K=places, L=spacing, Q=spacing // 4)
         heads = sequences * sizes["H"]
-        sizes.update(D=min(heads, MOST_SHARED), E=heads + 1)
+        sizes.update(D=min(heads, MOST_SHARED), E=4 + heads + 2 * places)
     elif "G" in entry.sizes:
         sizes["G"] = sum_groups(batch * length, sizes["C"])
     return sizes

@@ -18,7 +18,7 @@ CHECKPOINT_DTYPES = ("auto", "accumulator", "bf16")
 # What results are computed to: float32's own, or with operands of products rounded to tf32.
 PRECISIONS = ("float32", "tf32")
 # Heads of sequences that blocks of a chunked backward take turns at; more keep a GPU busy anyway.
-MOST_SHARED = 2048
+MOST_SHARED = 4096
 ENTRIES = ("forward", "backward", "decode", "prefill")
 MAX_HEAD_SIZE = 256
 DEFAULT_CHUNK_LENGTH = 16

@@ -78,14 +78,16 @@ __device__ __forceinline__ Tokens tokens_of(const Arguments& args,
           static_cast<int>(sequence.end - sequence.begin)};
 }
 
-// Checkpoints lie as the lanes hold them: [row step, key step, tile, lane, 4].
-using CheckpointPart = std::conditional_t<{{rounded_checkpoints}}, uint2, float4>;
-constexpr int CHECKPOINT_BYTES = N * N / 4 * static_cast<int>(sizeof(CheckpointPart));
-// This lane's part of one, the first tile's; others follow 32 apart.
-__device__ __forceinline__ CheckpointPart* checkpoint_place(void* checkpoints, int64_t index) {
-  char* checkpoint = static_cast<char*>(checkpoints) + index * CHECKPOINT_BYTES;
-  return reinterpret_cast<CheckpointPart*>(checkpoint) +
-         (own_value() / 16 * STEPS + own_key() / 16) * 2 * 32 + threadIdx.x % 32;
+// Checkpoints are 16 x 16 blocks, [row step, key step], in each of which tiles lie as the lanes
+// hold them: [tile, lane, 4], or, rounded to bf16, the rows of a tile's 8 x 8 matrices:
+// [tile, 2, lane, 2].
+constexpr bool ROUNDED_CHECKPOINTS = {{rounded_checkpoints}};
+constexpr int CHECKPOINT_PAIR = ROUNDED_CHECKPOINTS ? 4 : 8;  // bytes
+constexpr int CHECKPOINT_BYTES = N * N / 2 * CHECKPOINT_PAIR;
+// This warp's part of one.
+__device__ __forceinline__ char* checkpoint_place(void* checkpoints, int64_t index) {
+  return static_cast<char*>(checkpoints) + index * CHECKPOINT_BYTES +
+         (own_value() / 16 * STEPS + own_key() / 16) * 16 * 16 / 2 * CHECKPOINT_PAIR;
 }
 
 // Writes checkpoint `index` of all heads, if any are wanted.
@@ -94,17 +96,40 @@ __device__ __forceinline__ void store_checkpoint(const Args& args, int64_t index
                                                  const State& state) {
   void* const checkpoints = rwkv_jit::States<Args>::checkpoints(args);
   if (checkpoints == nullptr) return;
-  CheckpointPart* to = checkpoint_place(checkpoints, index);
+  char* const place = checkpoint_place(checkpoints, index);
+  const int lane = threadIdx.x % 32;
 #pragma unroll
-  for (int tile = 0; tile < 2 * KEY_STEPS; ++tile)
-    rwkv_jit::put(state[tile / 2][tile % 2], to[tile * 32]);
+  for (int tile = 0; tile < 2 * KEY_STEPS; ++tile) {
+    const Accumulator& four = state[tile / 2][tile % 2];
+    if constexpr (ROUNDED_CHECKPOINTS) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        rwkv_jit::store_pair<rwkv_jit::bf16>(
+            reinterpret_cast<uint32_t*>(place)[(tile * 2 + half) * 32 + lane],
+            make_float2(four[2 * half], four[2 * half + 1]));
+    } else {
+      rwkv_jit::put(four, reinterpret_cast<float4*>(place)[tile * 32 + lane]);
+    }
+  }
 }
 template <typename Args>
 __device__ __forceinline__ void load_checkpoint(const Args& args, int64_t index, State& state) {
-  const CheckpointPart* from = checkpoint_place(args.checkpoints, index);
+  const char* const place = checkpoint_place(args.checkpoints, index);
+  const int lane = threadIdx.x % 32;
 #pragma unroll
-  for (int tile = 0; tile < 2 * KEY_STEPS; ++tile)
-    rwkv_jit::get(from[tile * 32], state[tile / 2][tile % 2]);
+  for (int tile = 0; tile < 2 * KEY_STEPS; ++tile) {
+    Accumulator& four = state[tile / 2][tile % 2];
+    if constexpr (ROUNDED_CHECKPOINTS) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float2 pair = rwkv_jit::load_pair<rwkv_jit::bf16>(
+            reinterpret_cast<const uint32_t*>(place)[(tile * 2 + half) * 32 + lane]);
+        four[2 * half] = pair.x, four[2 * half + 1] = pair.y;
+      }
+    } else {
+      rwkv_jit::get(reinterpret_cast<const float4*>(place)[tile * 32 + lane], four);
+    }
+  }
 }
 
 // This warp's part of a state, rounded, to rows of shared memory.
@@ -127,12 +152,12 @@ __device__ __forceinline__ void decay_keys(Accumulator (&state)[2], const float*
   }
 }
 
-// Asks the second-level cache for a checkpoint.
-template <typename Args>
-__device__ __forceinline__ void prefetch_checkpoint(const Args& args, int64_t index) {
+// Asks the second-level cache for a checkpoint, by COUNT threads.
+template <int COUNT, typename Args>
+__device__ __forceinline__ void prefetch_checkpoint(const Args& args, int64_t index, int thread) {
   const char* state = static_cast<const char*>(args.checkpoints) + index * CHECKPOINT_BYTES;
 #pragma unroll 1
-  for (int at = threadIdx.x * 128; at < CHECKPOINT_BYTES; at += THREADS * 128)
+  for (int at = thread * 128; at < CHECKPOINT_BYTES; at += COUNT * 128)
     rwkv_jit::prefetch(state + at);
 }
 

@@ -321,7 +321,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) backward_kernel(const Argumen
     __syncthreads();  // the tensors are there, and the last states' readers are done
     if (first > 0) {
       fetch_values(first - SPAN, side ^ 1);
-      prefetch_checkpoint(args, checkpoint - args.H);
+      prefetch_checkpoint<THREADS>(args, checkpoint - args.H, threadIdx.x);
       prefetch_wide_decay(args, tokens, first - SPAN);
     }
     if (warp % PARTS == PARTS - 1)

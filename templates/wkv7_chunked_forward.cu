@@ -52,8 +52,10 @@ __device__ __forceinline__ void prepare_chunks(const Arguments& args, const Toke
     if (first >= SLOTS * TOKENS) wait_at<SLOT_THREADS>(EMPTY_BARRIER + slot_index);
     sync_chunk<PARTS>();  // the tensors are there
     fetch_rows<TOKENS, PARTS * 32>(args.v, tokens, first, thread, slot.v);
-    prepare<DECAY, BOUNDED, PARTS>(args, tokens, first, slot.raw, slot.chunk, slot.partials,
-                                   [&] { fetch_raw(first + SLOTS * TOKENS); });
+    prepare<DECAY, BOUNDED, PARTS, false>(
+        args, tokens, first, TokenSums(), threadIdx.x / 32 % PARTS, slot.raw, slot.chunk,
+        [&](int part) { return slot.partials[part]; }, [&] { fetch_raw(first + SLOTS * TOKENS); },
+        [] {});
     copies_done();
     arrive_at<SLOT_THREADS>(FULL_BARRIER + slot_index);
   }

@@ -3,26 +3,80 @@ namespace {
 
 using namespace rwkv_jit;
 
-static_assert(WARPS == STATE_WARPS && WARPS == CHUNKS * PARTS && CHUNKS <= 2);
-// States that are kept of a span. Where blocks share a multiprocessor there is place for one.
-constexpr int STATES = BLOCKS == 1 ? CHUNKS : 1;
+// Warps that do nothing but prepare chunks, ahead of those that share the state; else all do both
+// in turn, a span at a time.
+constexpr int PREPARING = WARPS - STATE_WARPS;
+constexpr bool APART = PREPARING > 0;
+static_assert(APART ? PREPARING == PARTS : STATE_WARPS == CHUNKS * PARTS);
+static_assert(CHUNKS <= 2 && ROW_WARPS == 1);
+constexpr int SLOTS = APART ? 3 : CHUNKS;  // places for chunks
+// Numbered barriers, but for those of sync_chunk: of the warps that share the state, and of all,
+// where some are apart: that a chunk's U and dX are there, that the gradients of its triangles are,
+// that a place's chunk is there, that its tensors are done with, and that all of it is.
+constexpr int STATE_BARRIER = 1, VALUES_BARRIER = 2, TRIANGLES_BARRIER = 2 + WARPS / PARTS,
+              FULL_BARRIER = TRIANGLES_BARRIER + 1, READ_BARRIER = FULL_BARRIER + SLOTS,
+              EMPTY_BARRIER = READ_BARRIER + SLOTS;
+static_assert(!APART || (EMPTY_BARRIER + SLOTS <= 16 && STATE_WARPS / PARTS >= 2));
 
-struct Shared {
-  Chunk chunks[CHUNKS];
-  Element v[SPAN][ROW], dy[SPAN][ROW];
-  Raw raw[CHUNKS];
+using StateBlocks = Element[STEPS][STEPS][16 * 16];  // a state, rounded, [value step, key step]
+
+// What a turn is about; see wkv7_chunked_turns.h.
+struct Turn {
+  Tokens tokens;
+  int index;       // of sequence and head
+  int number;      // among its turns
+  int spans;       // of the sequence up to the turn's last one; 0 if it has none
+  int begin;       // the turn's first token
+  int checkpoint;  // of its last span, or the one that is worked on
+  int hurried;     // D is handed over ahead of the last gradients
+  int over;        // there is none left (not bool, whose padding would be copied, too)
+};
+
+// What else is in shared memory, where all warps prepare chunks and where some are apart.
+struct InTurn {
   union {
     Partials partials[CHUNKS];  // until the chunks are prepared
     struct {
-      StateRows states[STATES], d;  // before chunks, and after the one that is worked on
+      StateBlocks state, d;  // before the chunk that is worked on, and after it
     };
   };
-  int ticket, begin;  // of the turn: its number, and its first token
+
+  // Where a warp leaves its part of the triangles of the chunk in place `slot`.
+  __device__ __forceinline__ float4* partial(int slot, int part, Element*, Element*) {
+    return partials[slot][part];
+  }
+};
+struct Apart {
+  StateBlocks state, d;
+  // Of the warps that prepare a chunk the first ones'; the others' lie where its v and dY come.
+  std::remove_extent_t<Partials> partials[2];
+  Turn ahead;         // whose chunks are being prepared
+  Turn turns[SLOTS];  // those whose first chunk is in a place
+  int filled[SLOTS];  // 1 where there is a chunk in it, else 0
+
+  __device__ __forceinline__ float4* partial(int, int part, Element* v, Element* dy) {
+    return part < 2 ? partials[part] : reinterpret_cast<float4*>(part == 2 ? v : dy);
+  }
+};
+struct Shared : std::conditional_t<APART, Apart, InTurn> {
+  alignas(16) Chunk chunks[SLOTS];
+  Element v[SLOTS * TOKENS][ROW], dy[SLOTS * TOKENS][ROW];
+  Raw raw[SLOTS];
+  Turn turn;
 };
 
-// The state before a chunk.
-__device__ __forceinline__ StateRows& state_of(Shared& shared, int at) {
-  return shared.states[at % STATES];
+// Where chunk `at` of a span is, of which the last one, with which the work begins, is at `last`.
+__device__ __forceinline__ int place_of(int at, int chunks, int last) {
+  return APART ? (last + chunks - 1 - at) % SLOTS : at;
+}
+
+// Waits for the warps that share the state.
+__device__ __forceinline__ void sync_state() {
+  if constexpr (APART) {
+    wait_at<STATE_WARPS * 32>(STATE_BARRIER);
+  } else {
+    __syncthreads();
+  }
 }
 
 // What a chunk's gradients need takes the place of its W, R', K'' and B^, which then are done with:
@@ -64,7 +118,7 @@ __device__ __forceinline__ void make_u(Shared& shared, int at, Accumulator (&u)[
   OperandB right;
 #pragma unroll
   for (int step = 0; step < STEPS; ++step) {
-    load<ROW>(&state_of(shared, at)[own_value()][16 * step], left);
+    load<BLOCKED>(shared.state[own_value() / 16][step], left);
     load_transposed<ROW>(&chunk.w[0][16 * step], right);
     add_product(u, left, right);
   }
@@ -75,9 +129,8 @@ __device__ __forceinline__ void make_u(Shared& shared, int at, Accumulator (&u)[
 
 // D back through one chunk, ALONE or with dV, and for the gradients D after the chunk and dX.
 template <bool ALONE>
-__device__ __forceinline__ void scan_backward(const Arguments& args, const Tokens& tokens,
-                                              int first, Shared& shared, int at, State& d,
-                                              Accumulator (&dx)[2]) {
+__device__ __forceinline__ void scan_backward(const Arguments& args, int first, Shared& shared,
+                                              int at, State& d, Accumulator (&dx)[2]) {
   const Chunk& chunk = shared.chunks[at];
   Accumulator e[2] = {}, dv[2] = {};
   OperandA dy;
@@ -87,7 +140,7 @@ __device__ __forceinline__ void scan_backward(const Arguments& args, const Token
 #pragma unroll
   for (int step = 0; step < STEPS; ++step) {
     const OperandA rows = to_operand(d[step][0], d[step][1]);
-    if constexpr (!ALONE) store_rows(rows, &shared.d[own_value()][16 * step]);
+    if constexpr (!ALONE) store<BLOCKED>(rows, shared.d[own_value() / 16][step]);
     load_transposed<ROW>(&chunk.b[0][16 * step], right);
     add_product(e, rows, right);
     if constexpr (ALONE) continue;
@@ -97,7 +150,7 @@ __device__ __forceinline__ void scan_backward(const Arguments& args, const Token
   if constexpr (!ALONE) {
     load<PADDED>(&chunk.m[0][0], right);
     add_product(dv, dy, right);
-    store_values(dv, args.dv, tokens, first);
+    store_values(dv, args.dv, shared.turn.tokens, first);
   }
   step_state(d, chunk, dy, chunk.r, to_operand(e[0], e[1]), chunk.w);
   if constexpr (ALONE) return;
@@ -107,17 +160,48 @@ __device__ __forceinline__ void scan_backward(const Arguments& args, const Token
   add_product(dx, to_operand(e[0], e[1]), right);
 }
 
-// The state before the span's first chunk, or its SECOND one, to shared memory: of the second one
-// that before the first, too, if there is place for both.
-template <bool SECOND>
-__device__ __forceinline__ void scan_forward_to(const Arguments& args, int64_t checkpoint,
-                                                Shared& shared) {
-  State state;
-  load_checkpoint(args, checkpoint, state);
-  if (SECOND && STATES > 1) store_state_rows(state, state_of(shared, 0));
-  if (SECOND) scan_forward(shared, 0, state);
-  store_state_rows(state, state_of(shared, SECOND));
-  __syncwarp();  // the warp's rows are there
+// Asks for this warp's rows of a checkpoint, where they are rounded as they are needed.
+__device__ __forceinline__ void fetch_checkpoint(const Arguments& args, int64_t checkpoint,
+                                                 Shared& shared) {
+  if constexpr (ROUNDED_CHECKPOINTS) {
+    const char* const from = checkpoint_place(args.checkpoints, checkpoint);
+    char* const to = reinterpret_cast<char*>(shared.state[own_value() / 16]);
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) {
+      const int place = (step * 32 + threadIdx.x % 32) * 16;
+      copy_async(to + place, from + place, true);
+    }
+  }
+}
+
+// The state before a span's first chunk, whose rows have been asked for, or the state AFTER it to
+// shared memory. The chunk is in place `at`.
+template <bool AFTER>
+__device__ __forceinline__ void scan_forward_to(const Arguments& args, Shared& shared, int at) {
+  Element(*const rows)[16 * 16] = shared.state[own_value() / 16];
+  if constexpr (ROUNDED_CHECKPOINTS) {
+    copies_done();
+    __syncwarp();
+  }
+  if constexpr (AFTER || !ROUNDED_CHECKPOINTS) {
+    State state;
+    if constexpr (ROUNDED_CHECKPOINTS) {
+#pragma unroll
+      for (int step = 0; step < STEPS; ++step) {
+        OperandA block;
+        load<BLOCKED>(rows[step], block);
+        widen(block, state[step]);
+      }
+      __syncwarp();  // every lane has read them
+    } else {
+      load_checkpoint(args, shared.turn.checkpoint, state);
+    }
+    if constexpr (AFTER) scan_forward(shared, at, state);
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step)
+      store<BLOCKED>(to_operand(state[step][0], state[step][1]), rows[step]);
+    __syncwarp();  // the warp's rows are there
+  }
 }
 
 }  // namespace

@@ -10,39 +10,55 @@ __device__ __forceinline__ float4* handed_over(const Arguments& args, int64_t in
 }
 
 // A turn is a run of a sequence and head's spans, the first turn the last of them; each begins with
-// D as the one before left it. They are given out in their order, every head's first one before any
-// second one, so that one that is waited for is under way, however many blocks run.
-struct Turns {
-  int spans;         // of a turn
-  int count, heads;  // of all; ticket = turn * heads + sequence and head
-};
-__device__ __forceinline__ int* turns_done(const Arguments& args, int64_t index) {
-  return static_cast<int*>(args.turns) + 1 + index;
+// D as the one before left it. They are taken in an order in which each comes after that one, so
+// that one that is waited for is under way, however many blocks run.
+__device__ __forceinline__ Turn next_turn(const Arguments& args, const Turns& given) {
+  const int ticket = atomicAdd(static_cast<int*>(args.turns), 1);
+  const bool packed = args.cu_seqlens != nullptr;
+  const Turns turns = packed ? planned_turns(args) : given;
+  const bool over = ticket >= turns.count;
+  const int heads = static_cast<int>(args.H), sequences = static_cast<int>(args.S);
+  const int head = over ? 0 : ticket % heads, at = over ? 0 : ticket / heads;
+  const int s = packed ? listed_turn(args, at)[0] : at % sequences;
+  const int number = packed ? listed_turn(args, at)[1] : at / sequences;
+  const Sequence sequence = find_sequence(args, s, SPAN);
+  const Tokens tokens = tokens_of(args, sequence, head);
+  const int spans = (tokens.count + SPAN - 1) / SPAN - number * turns.spans;
+  return {tokens,
+          s * heads + head,
+          number,
+          spans,
+          max(spans - turns.spans, 0) * SPAN,
+          static_cast<int>((sequence.first_checkpoint + spans - 1) * args.H + head),
+          turns.hurried,
+          over};
 }
-__device__ __forceinline__ int take_turn(const Arguments& args, Shared& shared) {
-  __syncthreads();  // every thread is done with the last one
-  if (threadIdx.x == 0) shared.ticket = atomicAdd(static_cast<int*>(args.turns), 1);
-  __syncthreads();
-  return shared.ticket;
-}
-__device__ __forceinline__ void take_over(const Arguments& args, int64_t index, int turn,
-                                          State& d) {
-  if (turn == 0) {
+__device__ __forceinline__ void take_over(const Arguments& args, const Turn& turn, State& d) {
+  const int index = turn.index;
+  if (turn.number == 0) {
     load_state(args.dfinal_state, index, d);
     return;
   }
   if (threadIdx.x == 0)
-    while (atomicAdd(turns_done(args, index), 0) < turn) __nanosleep(100);
-  __syncthreads();
+    while (atomicAdd(turns_done(args, index), 0) < turn.number) __nanosleep(100);
+  sync_state();
   __threadfence();
   const float4* from = handed_over(args, index);
 #pragma unroll
   for (int tile = 0; tile < 2 * STEPS; ++tile) get(__ldcg(from + tile * 32), d[tile / 2][tile % 2]);
 }
-// Takes D through a turn's last span ahead of its gradients, as another block may wait for it.
-__device__ __forceinline__ void hand_over(const Arguments& args, int64_t index,
-                                          const Tokens& tokens, Shared& shared, int chunks,
-                                          const State& d) {
+// Leaves D for the next turn.
+__device__ __forceinline__ void hand_over(const Arguments& args, int64_t index, const State& d) {
+  float4* to = handed_over(args, index);
+#pragma unroll
+  for (int tile = 0; tile < 2 * STEPS; ++tile) put(d[tile / 2][tile % 2], to[tile * 32]);
+  __threadfence();
+  sync_state();
+  if (threadIdx.x == 0) atomicAdd(turns_done(args, index), 1);
+}
+// The same ahead of the gradients of a turn's last span, as another block may wait for it.
+__device__ __forceinline__ void hand_over_ahead(const Arguments& args, Shared& shared, int chunks,
+                                                int last, const State& d) {
   State ahead;
   Accumulator none[2];
 #pragma unroll
@@ -50,13 +66,8 @@ __device__ __forceinline__ void hand_over(const Arguments& args, int64_t index,
 #pragma unroll
     for (int at = 0; at < 8; ++at) ahead[step][at / 4][at % 4] = d[step][at / 4][at % 4];
   for (int at = chunks - 1; at >= 0; --at)
-    scan_backward<true>(args, tokens, 0, shared, at, ahead, none);
-  float4* to = handed_over(args, index);
-#pragma unroll
-  for (int tile = 0; tile < 2 * STEPS; ++tile) put(ahead[tile / 2][tile % 2], to[tile * 32]);
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) atomicAdd(turns_done(args, index), 1);
+    scan_backward<true>(args, 0, shared, place_of(at, chunks, last), ahead, none);
+  hand_over(args, shared.turn.index, ahead);
 }
 
 }  // namespace

@@ -48,14 +48,17 @@ def test_tails_of_spans_match_the_reference(name: str, size: int, dtype: str, le
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("dtype", "arch"), [("bf16", "8.0"), ("bf16", "8.6"), ("tf32", "8.0")])
+@pytest.mark.parametrize(
+    ("size", "dtype", "arch"),
+    [(64, "bf16", "8.0"), (64, "bf16", "8.6"), (64, "tf32", "8.0"), (128, "bf16", "8.0")],
+)
 def test_kernels_for_less_shared_memory_match_the_reference(
-    request: pytest.FixtureRequest, dtype: str, arch: str
+    request: pytest.FixtureRequest, size: int, dtype: str, arch: str
 ) -> None:
     if not request.config.getoption("emulate_gpu"):
         pytest.skip("each runs on its own architecture alone, or emulated")
-    op = get_op("wkv7", head_size=64, arch=arch, **dtype_options(dtype))
-    assert_matches_reference(op, random_call(2, 70, 2, 64), "cuda")
+    op = get_op("wkv7", head_size=size, arch=arch, **dtype_options(dtype))
+    assert_matches_reference(op, random_call(2, 70, 2, size), "cuda")
 
 
 @pytest.mark.gpu
@@ -113,14 +116,16 @@ def test_rounded_checkpoints_change_gradients_alone_and_within_their_limits(
 
 @pytest.mark.gpu
 @for_each_dtype
+@pytest.mark.parametrize("short", [1, 130, 200])
 def test_a_sequence_of_a_batch_has_the_bits_that_it_has_alone(
-    name: str, size: int, dtype: str
+    name: str, size: int, dtype: str, short: int
 ) -> None:
+    """With so many short ones beside them turns of wkv7's backward are one span, as of a sequence
+    alone, several spans whose D blocks wait for, or several that none waits for."""
     op = on_tensor_cores(name, size, dtype)
     bounds = [0, 1, 70, 70, 134, 333]
-    # So many that a turn of wkv7's backward is several spans, where it is one of a sequence alone.
-    others = range(334, 334 + 200)
-    batch = random_call(1, others[-1], 2, size, op=name, sequences=205).rounded(op)
+    others = range(334, 334 + short)
+    batch = random_call(1, others[-1], 2, size, op=name, sequences=5 + short).rounded(op)
     batch.cu_seqlens = torch.tensor([*bounds, *others])
     together = run(op, batch, "cuda")
     of_sequences = {"final_state", "dinitial_state"}

@@ -37,8 +37,12 @@ __device__ __forceinline__ OperandB scaled(const OperandB& rows, const Accumulat
   return to;
 }
 
-// A second operand [channel, token] as the first operand [token, channel] of the same rows.
+// A second operand [channel, token] as the first operand [token, channel] of the same rows, and
+// back.
 __device__ __forceinline__ OperandA to_first(const OperandB& rows) {
+  return {rows.at[0], rows.at[2], rows.at[1], rows.at[3]};
+}
+__device__ __forceinline__ OperandB to_channels(const OperandA& rows) {
   return {rows.at[0], rows.at[2], rows.at[1], rows.at[3]};
 }
 

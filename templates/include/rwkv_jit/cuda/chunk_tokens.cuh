@@ -133,8 +133,8 @@ __device__ __forceinline__ Split split(const Accumulator (&values)[2]) {
 struct TokenSums {
   Packed up_to, before, from, after;  // s <= t, s < t, s >= t, s > t within eight tokens
 
-  __device__ __forceinline__ TokenSums() {
-    const int g = threadIdx.x % 32 / 4, x = threadIdx.x % 4 * 2, y = x + 1;
+  explicit __device__ __forceinline__ TokenSums(int lane = threadIdx.x % 32) {
+    const int g = lane / 4, x = lane % 4 * 2, y = x + 1;
     up_to = ones(x <= g, y <= g);
     before = ones(x < g, y < g);
     from = ones(x >= g, y >= g);

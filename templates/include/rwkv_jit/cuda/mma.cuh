@@ -107,20 +107,12 @@ __device__ __forceinline__ void add_product(Accumulator& left, Accumulator& righ
   mma(right, a.at, b.at[2], b.at[3]);
 }
 
-// An accumulator as it lies in memory, as it is or rounded to bf16.
+// An accumulator as it lies in memory.
 __device__ __forceinline__ void put(const Accumulator& from, float4& to) {
   to = make_float4(from[0], from[1], from[2], from[3]);
 }
-__device__ __forceinline__ void put(const Accumulator& from, uint2& to) {
-  store_pair<bf16>(to.x, make_float2(from[0], from[1]));
-  store_pair<bf16>(to.y, make_float2(from[2], from[3]));
-}
 __device__ __forceinline__ void get(float4 from, Accumulator& to) {
   to[0] = from.x, to[1] = from.y, to[2] = from.z, to[3] = from.w;
-}
-__device__ __forceinline__ void get(uint2 from, Accumulator& to) {
-  const float2 upper = load_pair<bf16>(from.x), lower = load_pair<bf16>(from.y);
-  to[0] = upper.x, to[1] = upper.y, to[2] = lower.x, to[3] = lower.y;
 }
 
 // Two tiles side by side, rounded to an operand or, where PAIR is `stored`, as a tensor has them.
@@ -130,7 +122,8 @@ __device__ __forceinline__ OperandA to_operand(const Accumulator& left, const Ac
           PAIR(right[2], right[3])};
 }
 
-__device__ __forceinline__ OperandA times(const OperandA& x, const OperandA& y) {
+template <typename Operand>
+__device__ __forceinline__ Operand times(const Operand& x, const Operand& y) {
   return {times(x.at[0], y.at[0]), times(x.at[1], y.at[1]), times(x.at[2], y.at[2]),
           times(x.at[3], y.at[3])};
 }
@@ -143,6 +136,15 @@ __device__ __forceinline__ Pairs rounded(Pairs pairs) {
   return pairs;
 }
 
+// Where a 16 x 16 block's element lies: rows are STRIDE apart, or BLOCKED: one 8 x 8 matrix after
+// the other, upper left, lower left and so on, whose rows need no padding to be in other banks.
+constexpr int BLOCKED = 8;
+template <int STRIDE>
+__device__ __forceinline__ int place_in_block(int row, int column) {
+  if constexpr (STRIDE == BLOCKED) return row * 8 + column / 8 * 128 + column % 8;
+  return row * STRIDE + column;
+}
+
 // The four 8 x 8 matrices of a 16 x 16 block: left ones first, or (not DOWN) upper ones
 // first; each transposed if TURNED.
 template <int STRIDE, bool DOWN, bool TURNED>
@@ -151,7 +153,7 @@ __device__ __forceinline__ void load_matrices(const float* block, float2 (&to)[4
 #pragma unroll
   for (int at = 0; at < 4; ++at) {
     const int row = DOWN ? at % 2 * 8 : at / 2 * 8, column = DOWN ? at / 2 * 8 : at % 2 * 8;
-    const float* matrix = block + row * STRIDE + column;
+    const float* matrix = block + place_in_block<STRIDE>(row, column);
     if constexpr (TURNED) {
       // Where the rows 0 and 4 are in the same banks, half of the lanes read their second value
       // first: 0, 2, 5 and 7 are not.
@@ -169,7 +171,7 @@ __device__ __forceinline__ void load_matrices(const Element* block, uint32_t (&t
   const int lane = threadIdx.x % 32;
   const int row = DOWN ? lane % 16 : lane % 8 + lane / 16 * 8;
   const int column = DOWN ? lane / 16 * 8 : lane / 8 % 2 * 8;
-  const uint32_t from = shared_address(block + row * STRIDE + column);
+  const uint32_t from = shared_address(block + place_in_block<STRIDE>(row, column));
   if constexpr (TURNED) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
@@ -205,7 +207,8 @@ __device__ __forceinline__ void store_pairs_of(const Pair (&from)[4], Value* blo
   const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
 #pragma unroll
   for (int at = 0; at < 4; ++at)
-    *reinterpret_cast<Pair*>(block + (g + at % 2 * 8) * STRIDE + at / 2 * 8 + 2 * q) = from[at];
+    *reinterpret_cast<Pair*>(block + place_in_block<STRIDE>(g + at % 2 * 8, at / 2 * 8 + 2 * q)) =
+        from[at];
 }
 template <int STRIDE>
 __device__ __forceinline__ void store_matrices(const float2 (&from)[4], float* block) {
@@ -217,7 +220,7 @@ __device__ __forceinline__ void store_matrices(const uint32_t (&from)[4], Elemen
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ / 100 != 10
   const int lane = threadIdx.x % 32;
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                   shared_address(block + lane % 16 * STRIDE + lane / 16 * 8)),
+                   shared_address(block + place_in_block<STRIDE>(lane % 16, lane / 16 * 8))),
                "r"(from[0]), "r"(from[1]), "r"(from[2]), "r"(from[3])
                : "memory");
 #else
@@ -251,15 +254,37 @@ __device__ __forceinline__ OperandB to_second(const OperandA& a) {
   return {turned(a.at[0]), turned(a.at[1]), turned(a.at[2]), turned(a.at[3])};
 }
 
-// Waits at a numbered barrier for THREADS threads to come, or to have passed arrive_at.
+// This thread's lane, or a value that all lanes have, as if it were not known to be the same as
+// before: what the compiler knows it keeps from chunk to chunk, in registers that may be short.
+__device__ __forceinline__ int forgotten_lane() {
+  return __shfl_sync(0xffffffffu, threadIdx.x % 32, threadIdx.x % 32);
+}
+__device__ __forceinline__ int forgotten(int value) { return __shfl_sync(0xffffffffu, value, 0); }
+
+// Waits at a numbered barrier for THREADS threads to come, or to have passed arrive_at. What comes
+// before either in a thread comes before what follows in those that wait.
 template <int THREADS>
 __device__ __forceinline__ void wait_at(int barrier) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(THREADS) : "memory");
 }
 template <int THREADS>
 __device__ __forceinline__ void arrive_at(int barrier) {
-  __threadfence_block();
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "n"(THREADS) : "memory");
+}
+
+// Changes how many registers the threads of four neighbouring warps have, all of which come here;
+// to take more, they wait until others have given them.
+template <int COUNT>
+__device__ __forceinline__ void give_registers() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+#endif
+}
+template <int COUNT>
+__device__ __forceinline__ void take_registers() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+#endif
 }
 
 __device__ __forceinline__ float exp2_fast(float x) {

@@ -66,9 +66,7 @@ __device__ __forceinline__ void store_columns(const Accumulator (&matrix)[2],
 // solves (I - A_ab) x = e or A_ak's column. The tensor cores' precision would not do: with repeated
 // keys the inverse's entries grow.
 __device__ __forceinline__ void solve(Chunk& chunk) {
-  int lane = threadIdx.x % 32;
-  // What is known of it the compiler keeps from chunk to chunk, in registers that float32 lacks.
-  if constexpr (IS_FP32) lane = __shfl_sync(0xffffffffu, lane, lane);
+  const int lane = forgotten_lane();
   float x[TOKENS];
 #pragma unroll
   for (int row = 0; row < TOKENS; row += 4) {
@@ -111,26 +109,32 @@ enum Triangle { AB, AK, QB, QK, TRIANGLES };
 template <int PARTS>
 using Partials = float4[PARTS][PARTS == 1 ? 1 : TRIANGLES * 2 * 32];
 
-// Adds up what the warps have of the triangles. Of each OWN = 4 / PARTS a warp gets the whole.
+// How many triangles a warp has the whole of in the end; of more than four warps the first four do.
 template <int PARTS>
+constexpr int OWN_TRIANGLES = PARTS < TRIANGLES ? TRIANGLES / PARTS : 1;
+
+// Adds up what the warps have of the triangles, each of which leaves it at `partial_of(part)`.
+template <int PARTS, typename Place>
 __device__ __forceinline__ void add_parts(Accumulator (&sums)[TRIANGLES][2],
-                                          Partials<PARTS>& partials) {
+                                          const Place& partial_of) {
   if constexpr (PARTS > 1) {
-    constexpr int OWN = TRIANGLES / PARTS;
+    constexpr int OWN = OWN_TRIANGLES<PARTS>;
     const int lane = threadIdx.x % 32, part = threadIdx.x / 32 % PARTS;
+    float4* const own = partial_of(forgotten(part)) + lane;
 #pragma unroll
     for (int at = 0; at < TRIANGLES * 2; ++at) {
       const Accumulator& four = sums[at / 2][at % 2];
-      partials[part][at * 32 + lane] = make_float4(four[0], four[1], four[2], four[3]);
+      own[at * 32] = make_float4(four[0], four[1], four[2], four[3]);
     }
     sync_chunk<PARTS>();
+    if (part * OWN >= TRIANGLES) return;
 #pragma unroll
     for (int at = 0; at < OWN * 2; ++at) {
       Accumulator& sum = sums[at / 2][at % 2];
       sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
 #pragma unroll
       for (int from = 0; from < PARTS; ++from) {
-        const float4 four = partials[from][(part * OWN * 2 + at) * 32 + lane];
+        const float4 four = partial_of(from)[(part * OWN * 2 + at) * 32 + lane];
         sum[0] += four.x, sum[1] += four.y, sum[2] += four.z, sum[3] += four.w;
       }
     }
@@ -192,17 +196,33 @@ __device__ __forceinline__ void kept_rows(Element* first, const Accumulator& sec
   }
 }
 
+// Rows times factors inside the triangles: PAIRED ones are rounded before, and taken two at once.
+template <bool PAIRED>
+__device__ __forceinline__ OperandA inside_rows(const OperandA& rows,
+                                                const Accumulator (&factors)[2]) {
+  if constexpr (!PAIRED) return scaled(rows, factors);
+  return times(rows, to_operand<stored>(factors[0], factors[1]));
+}
+template <bool PAIRED>
+__device__ __forceinline__ OperandB inside_rows(const OperandB& rows,
+                                                const Accumulator (&factors)[2]) {
+  if constexpr (!PAIRED) return scaled(rows, factors);
+  return times(rows, to_channels(to_operand<stored>(factors[0], factors[1])));
+}
+
 // Prepares the chunk whose tokens are first .. first + 15, by PARTS warps. Those that are not there
-// leave the state as it is. `when_read` is called when the warps are done with `raw`.
-template <DecayKind KIND, bool BOUNDED, int PARTS, typename Args, typename Call>
+// leave the state as it is. PAIRED: see inside_rows. `partial_of`: see add_parts. `when_read` is
+// called when the warps are done with `raw`, `when_added` when they are with the partials, too.
+template <DecayKind KIND, bool BOUNDED, int PARTS, bool PAIRED, typename Args, typename Place,
+          typename Call, typename OtherCall>
 __device__ __forceinline__ void prepare(const Args& args, const Tokens& tokens, int first,
-                                        const Raw& raw, Chunk& chunk, Partials<PARTS>& partials,
-                                        const Call& when_read) {
+                                        const TokenSums& sums, int part, const Raw& raw,
+                                        Chunk& chunk, const Place& partial_of,
+                                        const Call& when_read, const OtherCall& when_added) {
   const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
-  constexpr int PART_STEPS = CHANNELS / 16 / PARTS, OWN = TRIANGLES / PARTS;
-  const int part = threadIdx.x / 32 % PARTS, first_channel = part * PART_STEPS * 16;
+  constexpr int PART_STEPS = CHANNELS / 16 / PARTS, OWN = OWN_TRIANGLES<PARTS>;
+  const int first_channel = part * PART_STEPS * 16;
   const auto has = [part](Triangle which) { return part == which / OWN; };
-  const TokenSums sums;
   Accumulator triangles[TRIANGLES][2] = {};
   // The second tiles of r P and K^; see keep_rows.
   Accumulator state_r[PART_STEPS], state_k[PART_STEPS];
@@ -221,7 +241,7 @@ __device__ __forceinline__ void prepare(const Args& args, const Tokens& tokens, 
     factors_of<BOUNDED>(sums.sum_before(), sums.from_middle_before(), decays, halves, factors,
                         inside);
     store_rows(scaled(a, factors), &chunk.w[0][channel]);
-    a = scaled(a, inside);
+    a = inside_rows<PAIRED>(a, inside);
     load<ROW>(&raw.r[0][channel], r);
     factors_of<BOUNDED>(sums.sum_up_to(), sums.from_middle(), decays, halves, factors, inside,
                         inverse);
@@ -232,7 +252,7 @@ __device__ __forceinline__ void prepare(const Args& args, const Tokens& tokens, 
         *reinterpret_cast<float2*>(&chunk.total[channel + 8 * tile + 2 * q]) =
             make_float2(factors[tile][2], factors[tile][3]);
     }
-    r = scaled(r, inside);
+    r = inside_rows<PAIRED>(r, inside);
 
     OperandB b, k;
     load_transposed<ROW>(&raw.b[0][channel], b);
@@ -244,15 +264,15 @@ __device__ __forceinline__ void prepare(const Args& args, const Tokens& tokens, 
     }
     store_rows(scaled(b, factors), &chunk.b[0][channel]);
     keep_rows(to_first(k), factors, &chunk.k[0][channel], state_k[step]);
-    b = scaled(b, inverse);
-    k = scaled(k, inverse);
+    b = inside_rows<PAIRED>(b, inverse);
+    k = inside_rows<PAIRED>(k, inverse);
     add_product(triangles[AB], a, b);
     add_product(triangles[AK], a, k);
     add_product(triangles[QB], r, b);
     add_product(triangles[QK], r, k);
   }
   __syncwarp();
-  add_parts<PARTS>(triangles, partials);
+  add_parts<PARTS>(triangles, partial_of);
   const auto triangle = [&triangles](Triangle which) -> Accumulator(&)[2] {
     return triangles[which % OWN];
   };
@@ -270,6 +290,7 @@ __device__ __forceinline__ void prepare(const Args& args, const Tokens& tokens, 
   }
   when_read();
   sync_chunk<PARTS>();
+  when_added();
   if (part == 0) solve(chunk);
   if constexpr (PARTS > 1) sync_chunk<PARTS>();
 
