@@ -24,8 +24,9 @@ class TensorSpec:
 
     shape: letters: B batch, S sequences, T tokens, H heads, N head size, C channels, H * N where
         there are heads, P slots of a pool of states, L tokens between two state checkpoints, Q a
-        quarter of them, K state checkpoints, which are B * T // L + S, and G groups of tokens, of
-        each of which a block makes a part of a sum over all tokens.
+        quarter of them, K state checkpoints, which are B * T // L + S, D sequences' heads that
+        blocks share, E numbers of the turns in which they do, and G groups of tokens, of each of
+        which a block makes a part of a sum over all tokens.
     dtype: the dtypes that it may have: "op" (the operator's), "state", "accumulator" (float32, or
         float64 for a float64 operator), "like:<tensor>", or a dtype's name. Where there are
         several, the argument block says at run time which one it is.

@@ -428,8 +428,12 @@ def test_gradients_flow_from_final_state_alone_and_to_initial_state_alone(
 @pytest.mark.gpu
 @for_each_op
 @pytest.mark.parametrize(("dtype", "size"), [("fp32", 32), ("bf16", 64)])
-def test_bad_bounds_on_a_gpu_stay_inside_the_tensors(name: str, dtype: str, size: int) -> None:
-    op, call = op_for(name, "cuda", dtype, size), random_call(1, 32, 2, size, sequences=3, op=name)
-    call.cu_seqlens = torch.tensor([-7, 90, 5, 1 << 40])
+@pytest.mark.parametrize("bounds", [[-7, 90, 5, 1 << 40], [0, 64, 0, 64, 0, 64]])
+def test_bad_bounds_on_a_gpu_stay_inside_the_tensors(
+    name: str, dtype: str, size: int, bounds: list[int]
+) -> None:
+    op = op_for(name, "cuda", dtype, size)
+    call = random_call(1, 64, 2, size, sequences=len(bounds) - 1, op=name)
+    call.cu_seqlens = torch.tensor(bounds)
     run(op, call.rounded(op), "cuda")
     torch.cuda.synchronize()
