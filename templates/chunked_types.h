@@ -82,12 +82,13 @@ __device__ __forceinline__ Tokens tokens_of(const Arguments& args,
 // hold them: [tile, lane, 4], or, rounded to bf16, the rows of a tile's 8 x 8 matrices:
 // [tile, 2, lane, 2].
 constexpr bool ROUNDED_CHECKPOINTS = {{rounded_checkpoints}};
-constexpr int CHECKPOINT_PAIR = ROUNDED_CHECKPOINTS ? 4 : 8;  // bytes
-constexpr int CHECKPOINT_BYTES = N * N / 2 * CHECKPOINT_PAIR;
+constexpr int CHECKPOINT_VALUE = ROUNDED_CHECKPOINTS ? 2 : 4;  // bytes
+constexpr int CHECKPOINT_BYTES = N * N * CHECKPOINT_VALUE;
+constexpr int CHECKPOINT_LANE = ROUNDED_CHECKPOINTS ? 4 : 16;  // of a lane's that lie side by side
 // This warp's part of one.
 __device__ __forceinline__ char* checkpoint_place(void* checkpoints, int64_t index) {
   return static_cast<char*>(checkpoints) + index * CHECKPOINT_BYTES +
-         (own_value() / 16 * STEPS + own_key() / 16) * 16 * 16 / 2 * CHECKPOINT_PAIR;
+         (own_value() / 16 * STEPS + own_key() / 16) * 16 * 16 * CHECKPOINT_VALUE;
 }
 
 // Writes checkpoint `index` of all heads, if any are wanted.
@@ -96,8 +97,7 @@ __device__ __forceinline__ void store_checkpoint(const Args& args, int64_t index
                                                  const State& state) {
   void* const checkpoints = rwkv_jit::States<Args>::checkpoints(args);
   if (checkpoints == nullptr) return;
-  char* const place = checkpoint_place(checkpoints, index);
-  const int lane = threadIdx.x % 32;
+  char* const place = checkpoint_place(checkpoints, index) + threadIdx.x % 32 * CHECKPOINT_LANE;
 #pragma unroll
   for (int tile = 0; tile < 2 * KEY_STEPS; ++tile) {
     const Accumulator& four = state[tile / 2][tile % 2];
@@ -105,17 +105,17 @@ __device__ __forceinline__ void store_checkpoint(const Args& args, int64_t index
 #pragma unroll
       for (int half = 0; half < 2; ++half)
         rwkv_jit::store_pair<rwkv_jit::bf16>(
-            reinterpret_cast<uint32_t*>(place)[(tile * 2 + half) * 32 + lane],
+            reinterpret_cast<uint32_t*>(place)[(tile * 2 + half) * 32],
             make_float2(four[2 * half], four[2 * half + 1]));
     } else {
-      rwkv_jit::put(four, reinterpret_cast<float4*>(place)[tile * 32 + lane]);
+      rwkv_jit::put(four, reinterpret_cast<float4*>(place)[tile * 32]);
     }
   }
 }
 template <typename Args>
 __device__ __forceinline__ void load_checkpoint(const Args& args, int64_t index, State& state) {
-  const char* const place = checkpoint_place(args.checkpoints, index);
-  const int lane = threadIdx.x % 32;
+  const char* const place =
+      checkpoint_place(args.checkpoints, index) + threadIdx.x % 32 * CHECKPOINT_LANE;
 #pragma unroll
   for (int tile = 0; tile < 2 * KEY_STEPS; ++tile) {
     Accumulator& four = state[tile / 2][tile % 2];
@@ -123,11 +123,11 @@ __device__ __forceinline__ void load_checkpoint(const Args& args, int64_t index,
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float2 pair = rwkv_jit::load_pair<rwkv_jit::bf16>(
-            reinterpret_cast<const uint32_t*>(place)[(tile * 2 + half) * 32 + lane]);
+            reinterpret_cast<const uint32_t*>(place)[(tile * 2 + half) * 32]);
         four[2 * half] = pair.x, four[2 * half + 1] = pair.y;
       }
     } else {
-      rwkv_jit::get(reinterpret_cast<const float4*>(place)[tile * 32 + lane], four);
+      rwkv_jit::get(reinterpret_cast<const float4*>(place)[tile * 32], four);
     }
   }
 }

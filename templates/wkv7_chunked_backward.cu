@@ -52,12 +52,18 @@ __device__ __forceinline__ void prefetch_tokens(const Arguments& args, const Tok
 }
 
 // Prepares the chunk in place `slot` by this warp and those beside it.
-template <typename Call>
+template <typename Shared, typename Call>
 __device__ __forceinline__ void prepare_chunk(const Arguments& args, const Tokens& tokens,
                                               int first, Shared& shared, int slot,
                                               const Call& when_added) {
-  const auto partial = [&](int part) {
-    return shared.partial(slot, part, shared.v[slot * TOKENS], shared.dy[slot * TOKENS]);
+  // Where a warp leaves its part of the chunk's triangles.
+  const auto partial = [&](int part) -> float4* {
+    if constexpr (APART) {
+      Element *const v = shared.v[slot * TOKENS], *const dy = shared.dy[slot * TOKENS];
+      return part < 2 ? shared.partials[part] : reinterpret_cast<float4*>(part == 2 ? v : dy);
+    } else {
+      return shared.partials[slot][part];
+    }
   };
   int part = threadIdx.x / 32 % PARTS;
   if (APART || !BOUNDED) part = forgotten(part);

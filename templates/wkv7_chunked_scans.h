@@ -40,11 +40,6 @@ struct InTurn {
       StateBlocks state, d;  // before the chunk that is worked on, and after it
     };
   };
-
-  // Where a warp leaves its part of the triangles of the chunk in place `slot`.
-  __device__ __forceinline__ float4* partial(int slot, int part, Element*, Element*) {
-    return partials[slot][part];
-  }
 };
 struct Apart {
   StateBlocks state, d;
@@ -53,10 +48,6 @@ struct Apart {
   Turn ahead;         // whose chunks are being prepared
   Turn turns[SLOTS];  // those whose first chunk is in a place
   int filled[SLOTS];  // 1 where there is a chunk in it, else 0
-
-  __device__ __forceinline__ float4* partial(int, int part, Element* v, Element* dy) {
-    return part < 2 ? partials[part] : reinterpret_cast<float4*>(part == 2 ? v : dy);
-  }
 };
 struct Shared : std::conditional_t<APART, Apart, InTurn> {
   alignas(16) Chunk chunks[SLOTS];
