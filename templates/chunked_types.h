@@ -84,7 +84,6 @@ __device__ __forceinline__ Tokens tokens_of(const Arguments& args,
 constexpr bool ROUNDED_CHECKPOINTS = {{rounded_checkpoints}};
 constexpr int CHECKPOINT_VALUE = ROUNDED_CHECKPOINTS ? 2 : 4;  // bytes
 constexpr int CHECKPOINT_BYTES = N * N * CHECKPOINT_VALUE;
-constexpr int CHECKPOINT_LANE = ROUNDED_CHECKPOINTS ? 4 : 16;  // of a lane's that lie side by side
 // This warp's part of one.
 __device__ __forceinline__ char* checkpoint_place(void* checkpoints, int64_t index) {
   return static_cast<char*>(checkpoints) + index * CHECKPOINT_BYTES +
@@ -97,7 +96,9 @@ __device__ __forceinline__ void store_checkpoint(const Args& args, int64_t index
                                                  const State& state) {
   void* const checkpoints = rwkv_jit::States<Args>::checkpoints(args);
   if (checkpoints == nullptr) return;
-  char* const place = checkpoint_place(checkpoints, index) + threadIdx.x % 32 * CHECKPOINT_LANE;
+  constexpr int TOGETHER = ROUNDED_CHECKPOINTS ? 2 : 4;  // values of a lane
+  char* const place =
+      checkpoint_place(checkpoints, index) + threadIdx.x % 32 * TOGETHER * CHECKPOINT_VALUE;
 #pragma unroll
   for (int tile = 0; tile < 2 * KEY_STEPS; ++tile) {
     const Accumulator& four = state[tile / 2][tile % 2];
@@ -114,8 +115,9 @@ __device__ __forceinline__ void store_checkpoint(const Args& args, int64_t index
 }
 template <typename Args>
 __device__ __forceinline__ void load_checkpoint(const Args& args, int64_t index, State& state) {
+  constexpr int TOGETHER = ROUNDED_CHECKPOINTS ? 2 : 4;
   const char* const place =
-      checkpoint_place(args.checkpoints, index) + threadIdx.x % 32 * CHECKPOINT_LANE;
+      checkpoint_place(args.checkpoints, index) + threadIdx.x % 32 * TOGETHER * CHECKPOINT_VALUE;
 #pragma unroll
   for (int tile = 0; tile < 2 * KEY_STEPS; ++tile) {
     Accumulator& four = state[tile / 2][tile % 2];
