@@ -62,6 +62,7 @@ def entry_sizes(entry: EntrySpec, spacing: int, tensors: Tensors) -> dict[str, i
         places = batch * length // spacing + sequences
         sizes.update(K=places, L=spacing, Q=spacing // 4)
         heads = sequences * sizes["H"]
+        # E is laid out in wkv7_chunked_plan.h.
         sizes.update(D=heads if heads <= MOST_SHARED else 1, E=4 + heads + 2 * places)
     elif "G" in entry.sizes:
         sizes["G"] = sum_groups(batch * length, sizes["C"])

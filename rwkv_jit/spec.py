@@ -77,6 +77,7 @@ class KernelVariant:
     a configuration is the one used, so faster variants stand first.
 
     min_arch: smallest compute capability (major * 10 + minor), or 0 for a CPU template.
+    only_arch: the slug of the one architecture that it is for, if it needs that one's own features.
     constants: further values of the template, by name, worked out from the configuration.
     scratch: tensors that the launcher needs and nobody sees.
     shared_bytes: shared memory of a block; architectures whose blocks have less are not served.
@@ -96,6 +97,7 @@ class KernelVariant:
     chunk_lengths: tuple[int, ...]
     constants: Callable[[OpConfig], Mapping[str, int | str]]
     scratch: tuple[TensorSpec, ...] = ()
+    only_arch: str = ""
     shared_bytes: int = 0
     checkpoint_tokens: int = 0
     checkpoint_dtypes: tuple[str, ...] = ("accumulator",)
@@ -110,7 +112,7 @@ class KernelVariant:
 
     def runs_on(self, arch: str) -> bool:
         """Whether this variant's kernel runs on `arch`."""
-        if is_cuda(arch) != (self.min_arch > 0):
+        if is_cuda(arch) != (self.min_arch > 0) or self.only_arch not in ("", arch):
             return False
         return arch_number(arch) >= self.min_arch and self.shared_bytes <= shared_memory(arch)
 

@@ -33,7 +33,8 @@ namespace {
 
 using namespace rwkv_jit;
 
-// Asks the second-level cache for the tensors of COUNT tokens, by THREADS threads.
+// Asks the second-level cache for the tensors of COUNT tokens, by as many threads as prepare a
+// chunk or more.
 template <int COUNT>
 __device__ __forceinline__ void prefetch_tokens(const Arguments& args, const Tokens& tokens,
                                                 int first, int thread) {
@@ -65,7 +66,7 @@ __device__ __forceinline__ void prepare_chunk(const Arguments& args, const Token
       return shared.partials[slot][part];
     }
   };
-  int part = threadIdx.x / 32 % PARTS;
+  int part = threadIdx.x / 32 % PARTS;  // which some kernels have no register to keep
   if (APART || !BOUNDED) part = forgotten(part);
   prepare<DECAY, BOUNDED, PARTS, true>(
       args, tokens, first, TokenSums(forgotten_lane()), part, shared.raw[slot], shared.chunks[slot],

@@ -33,14 +33,15 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Chunked:
-    """How a sequence is worked on, from compute capability `min_arch` on: checkpoints stand before
-    each span of tokens."""
+    """How a sequence is worked on, from compute capability `min_arch` on or on `only_arch` alone:
+    checkpoints stand before each span of tokens."""
 
     head_size: int
     span: int
     forward: Block
     backward: Block
     min_arch: int = 80
+    only_arch: str = ""
 
     def variants(
         self,
@@ -69,6 +70,7 @@ class Chunked:
             entry="forward",
             template=f"{templates}_chunked_forward.cu",
             min_arch=self.min_arch,
+            only_arch=self.only_arch,
             head_sizes=(self.head_size,),
             dtypes=(dtype,),
             chunk_lengths=(16,),

@@ -57,9 +57,9 @@ _CHUNKED = (
     Chunked(64, 32, forward=Block(16, 4, 2, 1, 207_360), backward=Block(4, 4, 2, 3, 73_776)),
     Chunked(64, 32, forward=Block(10, 4, 1, 1, 158_304), backward=Block(4, 4, 2, 2, 73_776)),
     Chunked(64, 32, forward=Block(7, 4, 1, 1, 79_152), backward=Block(4, 4, 2, 1, 73_776)),
-    # 10.0, for which setmaxnreg would need a target of its own.
-    Chunked(128, 32, Block(16, 8, 4, 1, 126_976), Block(8, 8, 4, 1, 168_496), min_arch=100),
-    Chunked(128, 32, forward=Block(16, 8, 4, 1, 126_976), backward=Block(12, 8, 4, 1, 228_352)),
+    # With setmaxnreg, which 9.0a has and no target that runs on later ones.
+    Chunked(128, 32, Block(16, 8, 4, 1, 126_976), Block(12, 8, 4, 1, 228_352), only_arch="sm90a"),
+    Chunked(128, 32, forward=Block(16, 8, 4, 1, 126_976), backward=Block(8, 8, 4, 1, 168_496)),
     # 8.0, which has no place for two chunks.
     Chunked(128, 16, forward=Block(16, 8, 4, 1, 126_976), backward=Block(8, 8, 8, 1, 117_040)),
 )

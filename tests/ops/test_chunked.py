@@ -175,3 +175,11 @@ def test_info_tells_what_is_kept_for_the_backward(name: str, size: int) -> None:
     assert kept(arch="9.0a") == size * size * usual / span
     for dtype in (torch.bfloat16, torch.float32):
         assert kept(arch="9.0a", checkpoint_dtype=dtype) == size * size * dtype.itemsize / span
+
+
+@pytest.mark.parametrize(("arch", "warps"), [("9.0a", 12), ("9.0", 8), ("10.0", 8), ("8.0", 8)])
+def test_warps_that_only_prepare_are_for_the_architecture_that_can_give_them_fewer_registers(
+    arch: str, warps: int
+) -> None:
+    config = get_op("wkv7", head_size=128, dtype=torch.bfloat16, arch=arch).config
+    assert SPECS["wkv7"].variant(config, "backward").constants(config)["warps"] == warps
